@@ -1,0 +1,207 @@
+"""Every metric once: name, kind, unit, labels, buckets and help.
+
+The exposition, the dashboards, the alert rules and ``docs/metrics.md`` are all made from this table, so a metric
+that is not here does not exist. Names follow Prometheus conventions: base units, ``_total``, ``_seconds``, ``_ratio``.
+Prefix ``moe_``: vLLM unregisters every collector whose name starts with ``vllm:``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["counter", "gauge", "histogram", "info"]
+
+#: Labels that every metric carries, with vLLM's own meaning.
+IDENTITY = ("model_name", "engine")
+
+#: Upper bounds (inclusive) of histogram buckets; Prometheus adds +Inf.
+ENTROPY_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
+PROBABILITY_BUCKETS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+MASS_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+ACTIVE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+PER_TOKEN_BUCKETS = (0, 1, 2, 4, 6, 8, 10, 12, 16)
+
+#: Trailing windows of the imbalance gauges: label value -> seconds.
+WINDOWS = {"1m": 60.0, "5m": 300.0}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric family. ``name`` is the full exposed name; ``labels`` come after :data:`IDENTITY`."""
+
+    name: str
+    kind: Kind
+    unit: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.name.startswith("moe_")
+        assert (self.kind == "counter") == self.name.endswith("_total")
+        assert (self.kind == "histogram") == bool(self.buckets)
+
+
+METRICS: tuple[Metric, ...] = (
+    # load
+    Metric(
+        "moe_expert_tokens_total",
+        "counter",
+        "tokens",
+        "Tokens routed to an expert, by layer and logical expert.",
+        ("layer", "expert"),
+    ),
+    Metric("moe_routed_tokens_total", "counter", "tokens", "Tokens that passed a layer's router.", ("layer",)),
+    Metric(
+        "moe_nonfinite_tokens_total",
+        "counter",
+        "tokens",
+        "Tokens whose router logits held NaN or +infinity; counted as routed, left out of the router histograms.",
+        ("layer",),
+    ),
+    Metric(
+        "moe_forward_passes_total",
+        "counter",
+        "passes",
+        "Forward passes of the model with at least one real token (no warm-up, capture or dummy pass).",
+    ),
+    Metric(
+        "moe_flops_total",
+        "counter",
+        "FLOPs",
+        "Floating-point operations of the MoE blocks for the routed tokens, by component; a multiply-add counts 2.",
+        ("component",),
+    ),
+    # router
+    Metric(
+        "moe_router_entropy_ratio",
+        "histogram",
+        "ratio",
+        "Entropy of a token's routing distribution over ln(experts): 0 one expert certain, 1 uniform.",
+        ("layer",),
+        ENTROPY_BUCKETS,
+    ),
+    Metric(
+        "moe_router_top1_probability",
+        "histogram",
+        "probability",
+        "Probability of a token's likeliest expert.",
+        ("layer",),
+        PROBABILITY_BUCKETS,
+    ),
+    Metric(
+        "moe_router_selected_mass_ratio",
+        "histogram",
+        "ratio",
+        "Probability mass of the experts that a token was routed to.",
+        ("layer",),
+        MASS_BUCKETS,
+    ),
+    Metric(
+        "moe_experts_per_token",
+        "histogram",
+        "experts",
+        "Experts that a token was routed to.",
+        ("layer",),
+        PER_TOKEN_BUCKETS,
+    ),
+    Metric(
+        "moe_active_experts",
+        "histogram",
+        "experts",
+        "Distinct experts that one forward pass used.",
+        ("layer",),
+        ACTIVE_BUCKETS,
+    ),
+    # expert parallelism
+    Metric(
+        "moe_ep_rank_tokens_total",
+        "counter",
+        "tokens",
+        "Tokens of this engine routed to the experts of an expert-parallel rank, by vLLM's own placement.",
+        ("layer", "ep_rank"),
+    ),
+    Metric(
+        "moe_ep_rank_imbalance_ratio",
+        "gauge",
+        "ratio",
+        "Load of the busiest expert-parallel rank over the mean rank, in the window, over all engines of the server "
+        "on this node. The same value stands under each of its engines.",
+        ("layer", "window"),
+    ),
+    # balance over a trailing window
+    Metric(
+        "moe_load_imbalance_ratio",
+        "gauge",
+        "ratio",
+        "Load of the busiest expert over the mean load, in the window. 1 is balanced.",
+        ("layer", "window"),
+    ),
+    Metric(
+        "moe_load_imbalance_floor_ratio",
+        "gauge",
+        "ratio",
+        "moe_load_imbalance_ratio that uniform routing of as many tokens would show by chance.",
+        ("layer", "window"),
+    ),
+    Metric(
+        "moe_load_cv_ratio",
+        "gauge",
+        "ratio",
+        "Coefficient of variation of expert load in the window: standard deviation over mean.",
+        ("layer", "window"),
+    ),
+    Metric(
+        "moe_load_gini_ratio",
+        "gauge",
+        "ratio",
+        "Gini coefficient of expert load in the window: 0 balanced, towards 1 all on one expert.",
+        ("layer", "window"),
+    ),
+    Metric(
+        "moe_load_entropy_ratio",
+        "gauge",
+        "ratio",
+        "Entropy of expert load in the window over ln(experts): 1 balanced.",
+        ("layer", "window"),
+    ),
+    Metric("moe_idle_experts", "gauge", "experts", "Experts without a token in the window.", ("layer", "window")),
+    Metric("moe_window_tokens", "gauge", "tokens", "Tokens routed in the window.", ("layer", "window")),
+    # the monitor itself
+    Metric(
+        "moe_monitor_info",
+        "info",
+        "",
+        "Versions and the way routing is captured.",
+        ("version", "producer", "capture", "scoring", "experts", "top_k", "layers"),
+    ),
+    Metric(
+        "moe_monitor_active",
+        "gauge",
+        "boolean",
+        "1 while routing is captured and published; 0 when the monitor is off, has failed, or capture is not live.",
+    ),
+    Metric(
+        "moe_monitor_errors_total",
+        "counter",
+        "errors",
+        "Failures inside the monitor. The first failure in the engine process switches capture off.",
+        ("where",),
+    ),
+    Metric("moe_monitor_dropped_total", "counter", "items", "What was given up to stay within bounds.", ("what",)),
+    Metric(
+        "moe_monitor_snapshot_age_seconds",
+        "gauge",
+        "seconds",
+        "Time since the slowest worker of the engine last published.",
+    ),
+    Metric(
+        "moe_monitor_hook_seconds_total",
+        "counter",
+        "seconds",
+        "Host time spent in the monitor's hooks on the serving path.",
+    ),
+)
+
+BY_NAME = {metric.name: metric for metric in METRICS}

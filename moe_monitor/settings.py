@@ -1,0 +1,191 @@
+"""Every knob once: environment name, type, default, range and meaning.
+
+Settings come from the environment because they must not change what vLLM compiles or caches: everything
+passed through ``--additional-config`` enters vLLM's compile-cache key, environment variables do not.
+
+``load()`` raises :class:`SettingsError`, whose message names the variable, the value and the allowed range.
+Callers in a serving process catch it, log it once and leave the monitor off.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+PREFIX = "MOE_MONITOR_"
+
+
+class SettingsError(ValueError):
+    """A ``MOE_MONITOR_*`` variable has a bad value or an unknown name."""
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One environment variable: how to read it and what to tell the reader of an error message or the docs."""
+
+    name: str
+    default: str
+    allowed: str
+    meaning: str
+    parse: Callable[[str], Any]
+
+    @property
+    def env(self) -> str:
+        return PREFIX + self.name
+
+
+def _boolean(text: str) -> bool:
+    value = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    try:
+        return value[text.strip().lower()]
+    except KeyError:
+        raise ValueError(text) from None
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:  # also refuses NaN
+            raise ValueError(text)
+        return value
+
+    return parse
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise ValueError(text)
+        return value
+
+    return parse
+
+
+def _interval_or_off(low: float, high: float) -> Callable[[str], float]:
+    inside = _number(low, high)
+
+    def parse(text: str) -> float:
+        return 0.0 if float(text) == 0 else inside(text)
+
+    return parse
+
+
+def _choice(*names: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        value = text.strip().lower()
+        if value not in names:
+            raise ValueError(text)
+        return value
+
+    return parse
+
+
+def _directory(text: str) -> Path:
+    path = Path(text).expanduser()
+    if "\0" in text or not path.is_absolute():
+        raise ValueError(text)
+    return path
+
+
+def default_directory(environ: Mapping[str, str] | None = None) -> Path:
+    """Where boards live unless told otherwise: private to the user, cleared at reboot."""
+    env = os.environ if environ is None else environ
+    runtime = env.get("XDG_RUNTIME_DIR", "")
+    if runtime.startswith("/") and os.path.isdir(runtime):
+        return Path(runtime) / "moe-monitor"
+    return Path("/tmp") / f"moe-monitor-{os.getuid()}"
+
+
+KNOBS: tuple[Knob, ...] = (
+    Knob("ENABLED", "1", "0 or 1", "0 leaves vLLM untouched: nothing patched, nothing allocated.", _boolean),
+    Knob(
+        "INTERVAL",
+        "0.5",
+        "0.05 to 60 seconds",
+        "How often a worker publishes its counters. A burst is visible at most this long after its last step.",
+        _number(0.05, 60),
+    ),
+    Knob(
+        "DIR",
+        "",
+        "an absolute path",
+        "Directory of the boards, the files through which workers hand their numbers to readers. Default: "
+        "$XDG_RUNTIME_DIR/moe-monitor, else /tmp/moe-monitor-UID. Created with mode 0700.",
+        _directory,
+    ),
+    Knob(
+        "LOG_INTERVAL",
+        "10",
+        "0 (off), or 1 to 86400 seconds",
+        "How often a summary line goes to vLLM's log while tokens are being routed.",
+        _interval_or_off(1, 86400),
+    ),
+    Knob(
+        "MAX_SERIES",
+        "2048",
+        "0 to 1000000",
+        "Largest layer-by-expert matrix that a vLLM server's own /metrics carries whole; above it only the hottest "
+        "and coldest experts of each layer. `moe-monitor export` always carries the whole matrix.",
+        _integer(0, 1_000_000),
+    ),
+    Knob(
+        "CAPTURE",
+        "auto",
+        "auto, retain or ingraph",
+        "How routing is read under CUDA graphs: retain (one kernel after each replay) or ingraph (a kernel per "
+        "layer inside the graph). auto retains where that is safe.",
+        _choice("auto", "retain", "ingraph"),
+    ),
+    Knob(
+        "DEVICE_MEMORY_MIB",
+        "64",
+        "1 to 4096 MiB",
+        "Most device memory that the monitor may keep. Where retaining would need more, capture is ingraph.",
+        _integer(1, 4096),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parsed knobs; see :data:`KNOBS` for their meaning and range. Times in seconds."""
+
+    enabled: bool
+    interval: float
+    dir: Path
+    log_interval: float
+    max_series: int
+    capture: str
+    device_memory_mib: int
+
+
+def load(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read every ``MOE_MONITOR_*`` variable of ``environ`` (default: the process environment).
+
+    Raises SettingsError naming the variable, its value and what is allowed; an unknown name is refused too,
+    because a misspelt knob would otherwise be silently without effect.
+    """
+    env = os.environ if environ is None else environ
+    known = {knob.env for knob in KNOBS}
+    for name in sorted(env):
+        if name.startswith(PREFIX) and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(sorted(known))
+            raise SettingsError(f"{name!r} is not a moe-monitor setting; {hint}")
+    values: dict[str, Any] = {}
+    for knob in KNOBS:
+        text = env.get(knob.env, "").strip() or knob.default
+        if knob.name == "DIR" and not text:
+            values["dir"] = default_directory(env)
+            continue
+        try:
+            values[knob.name.lower()] = knob.parse(text)
+        except (ValueError, OverflowError):
+            raise SettingsError(f"{knob.env}={text[:200]!r} is not allowed; it takes {knob.allowed}") from None
+    assert set(values) == {f.name for f in fields(Settings)}
+    return Settings(**values)

@@ -1,0 +1,345 @@
+"""The board: the versioned record through which a worker's numbers reach readers in other processes.
+
+One file per worker rank in the run directory (mode 0700, files 0600)::
+
+    8s magic | u32 version | u32 bytes of JSON | JSON (what the writer is, and the table of segments) | segments
+
+A segment is a header (u64 sequence, u64 wall-clock ns of the write, u64 monotonic ns, u32 CRC-32 of all that plus the
+payload) followed by named arrays. It is rewritten as a whole with one ``pwrite``; a reader that meets a write in
+progress sees a wrong CRC and reads again, so no reader blocks the writer and no torn record is ever used. The CRC
+makes that independent of the processor's memory order.
+
+``pread``/``pwrite`` rather than a memory map: when somebody truncates the file or the disk is full, a mapped access
+kills the process with SIGBUS; these calls return an error.
+
+The writer holds an exclusive ``flock`` for as long as it lives. That is how a dead writer is recognised, across
+re-used pids and container pid namespaces alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import stat
+import struct
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAGIC = b"MOEBOARD"
+VERSION = 1
+SUFFIX = ".board"
+
+_PREAMBLE = struct.Struct("<8sII")
+_SEGMENT = struct.Struct("<QQQI4x")
+_MAX_JSON = 1 << 20
+_MAX_SEGMENT = 1 << 30
+_ALIGN = 64
+
+ArraySpec = tuple[str, tuple[int, ...]]
+
+
+class BoardError(Exception):
+    """A board cannot be used; the message is one plain sentence."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One consistent read of a segment. ``written`` is seconds since the epoch, ``sequence`` 0 before the first."""
+
+    arrays: dict[str, NDArray[Any]]
+    sequence: int
+    written: float
+    age: float
+
+
+def open_directory(path: Path, *, create: bool) -> int:
+    """Open the run directory and return its descriptor, refusing one that others could have prepared.
+
+    Raises BoardError if it is missing (and not ``create``), a symlink, someone else's, or open to others.
+    """
+    if create:
+        try:
+            os.makedirs(path.parent, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+        except OSError as error:
+            raise BoardError(f"cannot create the run directory {str(path)!r}: {error.strerror}") from error
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise BoardError(f"the run directory {str(path)!r} does not exist") from None
+    except OSError as error:
+        raise BoardError(f"cannot open the run directory {str(path)!r}: {error.strerror}") from error
+    info = os.fstat(fd)
+    problem = ""
+    if info.st_uid != os.geteuid() and os.geteuid() != 0:
+        problem = f"belongs to uid {info.st_uid}, not to uid {os.geteuid()}"
+    elif create and info.st_uid != os.geteuid():
+        problem = f"belongs to uid {info.st_uid}"
+    elif info.st_mode & 0o077:
+        problem = f"has mode {stat.S_IMODE(info.st_mode):04o}; it must be 0700"
+    if problem:
+        os.close(fd)
+        raise BoardError(f"the run directory {str(path)!r} {problem}")
+    return fd
+
+
+def _plan(segments: Mapping[str, Mapping[str, ArraySpec]]) -> tuple[dict[str, Any], int]:
+    """Offsets, relative to the first segment, of every segment and of the arrays within it; and the total size."""
+    plan: dict[str, Any] = {}
+    at = 0
+    for name, arrays in segments.items():
+        inside, table = 0, {}
+        for array, (dtype, shape) in arrays.items():
+            size = int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64))
+            table[array] = {"at": inside, "dtype": dtype, "shape": list(shape)}
+            inside += -(-size // 8) * 8
+        plan[name] = {"at": at, "bytes": inside, "arrays": table}
+        at += -(-(_SEGMENT.size + inside) // _ALIGN) * _ALIGN
+    return plan, at
+
+
+class BoardWriter:
+    """The writing end. Not thread-safe: one publisher owns it.
+
+    ``identity`` is JSON-able and never changes; ``segments`` maps segment -> array name -> (dtype, shape).
+    Raises BoardError when the directory or the file cannot be had.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        identity: Mapping[str, Any],
+        segments: Mapping[str, Mapping[str, ArraySpec]],
+    ) -> None:
+        if "/" in name or name.startswith(".") or not name:
+            raise BoardError(f"{name!r} is not a board name")
+        self.path = directory / f"{name}{SUFFIX}"
+        plan, size = _plan(segments)
+        text = json.dumps({"identity": dict(identity), "segments": plan}).encode()
+        if len(text) > _MAX_JSON:
+            raise BoardError(f"the board's description has {len(text)} bytes, more than {_MAX_JSON}")
+        preamble = _PREAMBLE.pack(MAGIC, VERSION, len(text)) + text
+        start = -(-len(preamble) // _ALIGN) * _ALIGN
+        self._segments = {
+            key: (start + part["at"], bytearray(_SEGMENT.size + part["bytes"]), part["arrays"])
+            for key, part in plan.items()
+        }
+        self._sequence = dict.fromkeys(plan, 0)
+        self._directory = open_directory(directory, create=True)
+        temporary = f".{name}.{os.getpid()}.tmp"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=self._directory)
+            self._fd = os.open(temporary, flags, 0o600, dir_fd=self._directory)
+        except OSError as error:
+            os.close(self._directory)
+            raise BoardError(f"cannot create {str(self.path)!r}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.posix_fallocate(self._fd, 0, start + size)  # a full disk shows here, not in the middle of serving
+            os.pwrite(self._fd, preamble, 0)
+            for key in plan:
+                self.write(key, {})
+            os.rename(temporary, self.path.name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=self._directory)
+            os.close(self._fd)
+            os.close(self._directory)
+            raise BoardError(f"cannot write {str(self.path)!r}: {error.strerror}") from error
+
+    def write(self, segment: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Replace the given arrays of a segment (others keep their last content). Raises OSError, ValueError."""
+        offset, buffer, table = self._segments[segment]
+        for name, value in arrays.items():
+            spec = table[name]
+            data = np.ascontiguousarray(value, dtype=spec["dtype"])
+            if list(data.shape) != spec["shape"]:
+                raise ValueError(f"{segment}.{name} has shape {spec['shape']}, got {list(data.shape)}")
+            at = _SEGMENT.size + spec["at"]
+            buffer[at : at + data.nbytes] = data.tobytes()
+        self._sequence[segment] += 1
+        stamp = (self._sequence[segment], time.time_ns(), time.monotonic_ns())
+        _SEGMENT.pack_into(buffer, 0, *stamp, 0)
+        _SEGMENT.pack_into(buffer, 0, *stamp, zlib.crc32(buffer))
+        if os.pwrite(self._fd, buffer, offset) != len(buffer):
+            raise OSError(f"short write to {str(self.path)!r}")
+
+    def close(self) -> None:
+        """Remove the file and let go of the lock. Safe to call twice."""
+        if self._fd < 0:
+            return
+        with contextlib.suppress(OSError):
+            mine = os.fstat(self._fd)
+            there = os.stat(self.path.name, dir_fd=self._directory, follow_symlinks=False)
+            if (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino):
+                os.unlink(self.path.name, dir_fd=self._directory)
+        os.close(self._fd)
+        os.close(self._directory)
+        self._fd = -1
+
+
+class BoardReader:
+    """The reading end. Raises BoardError for anything that is not a whole board of this version."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise BoardError(f"cannot open the board {str(path)!r}: {error.strerror}") from error
+        try:
+            self._read_description()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _refuse(self, why: str) -> BoardError:
+        return BoardError(f"{str(self.path)!r} is not a usable board: {why}")
+
+    def _read_description(self) -> None:
+        info = os.fstat(self._fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise self._refuse("it is not a regular file")
+        head = os.pread(self._fd, _PREAMBLE.size, 0)
+        if len(head) < _PREAMBLE.size:
+            raise self._refuse("it is too short")
+        magic, version, length = _PREAMBLE.unpack(head)
+        if magic != MAGIC:
+            raise self._refuse("it does not begin as a board does")
+        if version != VERSION:
+            raise self._refuse(f"it has version {version}, this moe-monitor reads version {VERSION}")
+        text = os.pread(self._fd, min(length, _MAX_JSON), _PREAMBLE.size)
+        if length > _MAX_JSON or len(text) < length:
+            raise self._refuse("its description is cut short")
+        try:
+            description = json.loads(text)
+            self.identity: dict[str, Any] = dict(description["identity"])
+            self._start = -(-(_PREAMBLE.size + length) // _ALIGN) * _ALIGN
+            self._plan = {
+                str(name): (
+                    _whole(part["at"], _MAX_SEGMENT),
+                    _whole(part["bytes"], _MAX_SEGMENT),
+                    {str(k): _array_spec(v, part["bytes"]) for k, v in part["arrays"].items()},
+                )
+                for name, part in description["segments"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self._refuse("its description is damaged") from error
+
+    @property
+    def alive(self) -> bool:
+        """Whether the writer still holds its lock."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        return False
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        return tuple(self._plan)
+
+    def read(self, segment: str) -> Record:
+        """One consistent copy of a segment. Raises BoardError if there is none, or none came within about 20 ms."""
+        try:
+            at, size, table = self._plan[segment]
+        except KeyError:
+            raise self._refuse(f"it has no segment {segment!r}") from None
+        for attempt in range(12):
+            if attempt:
+                time.sleep(min(0.0002 * 2**attempt, 0.005))
+            try:
+                data = bytearray(os.pread(self._fd, _SEGMENT.size + size, self._start + at))
+            except OSError as error:
+                raise self._refuse(f"reading failed: {error.strerror}") from error
+            if len(data) < _SEGMENT.size + size:
+                raise self._refuse("it is too short")
+            sequence, wall, monotonic, crc = _SEGMENT.unpack_from(data)
+            _SEGMENT.pack_into(data, 0, sequence, wall, monotonic, 0)
+            if zlib.crc32(data) == crc:
+                arrays = {
+                    name: np.frombuffer(data, dtype, count, _SEGMENT.size + offset).reshape(shape)
+                    for name, (offset, dtype, count, shape) in table.items()
+                }
+                # The monotonic clock is one for all processes of a boot; the wall clock may jump.
+                age = max(0.0, (time.monotonic_ns() - monotonic) / 1e9)
+                return Record(arrays, sequence, wall / 1e9, age)
+        raise self._refuse("it is damaged")
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> BoardReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _whole(value: Any, limit: int) -> int:
+    if type(value) is not int or not 0 <= value <= limit:
+        raise ValueError(value)
+    return value
+
+
+def _array_spec(spec: Any, size: int) -> tuple[int, np.dtype[Any], int, tuple[int, ...]]:
+    dtype = np.dtype(str(spec["dtype"]))
+    if dtype.hasobject or dtype.kind not in "iufS":
+        raise ValueError(dtype)
+    shape = tuple(_whole(n, _MAX_SEGMENT) for n in spec["shape"])
+    count = 1
+    for n in shape:
+        count *= n
+    at = _whole(spec["at"], _MAX_SEGMENT)
+    if len(shape) > 8 or at + count * dtype.itemsize > size:
+        raise ValueError("array outside its segment")
+    return at, dtype, count, shape
+
+
+def board_paths(directory: Path) -> list[Path]:
+    """Paths of all boards in the run directory, dead or alive. Raises BoardError as :func:`open_directory`."""
+    fd = open_directory(directory, create=False)
+    try:
+        return [directory / name for name in sorted(os.listdir(fd)) if name.endswith(SUFFIX) and name[0] != "."]
+    finally:
+        os.close(fd)
+
+
+def live_boards(directory: Path) -> Iterator[BoardReader]:
+    """Readers of all boards whose writers live; what cannot be read is skipped. The caller closes them."""
+    for path in board_paths(directory):
+        try:
+            reader = BoardReader(path)
+        except BoardError:
+            continue
+        if reader.alive:
+            yield reader
+        else:
+            reader.close()
+
+
+def remove_dead_boards(directory: Path) -> int:
+    """Delete boards whose writers are gone; returns how many. Never touches a board that cannot be told dead."""
+    removed = 0
+    for path in board_paths(directory):
+        with contextlib.suppress(BoardError, OSError), BoardReader(path) as reader:
+            if not reader.alive:
+                path.unlink()
+                removed += 1
+    return removed

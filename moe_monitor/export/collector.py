@@ -1,0 +1,158 @@
+"""The collector: boards in, metric families out. The same one serves vLLM's /metrics and the stand-alone exporter.
+
+``MoeCollector`` is also a ``prometheus_client`` collector, for registries that take one. ``collect()`` never raises:
+a raising collector would take every other metric of its registry down with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric as ClientMetric
+from prometheus_client.registry import Collector
+
+from moe_monitor.board import BoardError
+from moe_monitor.catalog import BY_NAME, IDENTITY
+from moe_monitor.export.exposition import Exposition
+from moe_monitor.export.families import Family, expert_parallel, families
+from moe_monitor.export.windows import RESOLUTION, History
+from moe_monitor.snapshot import EngineSnapshot, read_engines
+
+logger = logging.getLogger(__name__)
+
+
+class MoeCollector(Collector):
+    """Reads the boards of a run directory at every call.
+
+    server: only this server's boards; None for all on this machine. max_series: see :func:`families`.
+    identity: (model_name, engine) pairs that must always show ``moe_monitor_active``, 0 when no board is there.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        server: str | None = None,
+        max_series: int | None = None,
+        identity: tuple[tuple[str, str], ...] = (),
+        logger: logging.Logger = logger,
+    ) -> None:
+        self.directory = directory
+        self.server = server
+        self.max_series = max_series
+        self.expected = identity
+        self._logger = logger
+        self._history = History(from_start=server is not None)
+        self._lock = threading.Lock()
+        self._exposition = Exposition()
+        self._read_errors = 0
+        self._warned = ""
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Feed the trailing windows from a daemon thread, so that they do not depend on when scrapes come."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._feed, name="moe-monitor-windows", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def _feed(self) -> None:
+        while not self._stop.wait(RESOLUTION):
+            self.read()
+
+    def read(self) -> list[EngineSnapshot]:
+        """Current snapshots; never raises. What could not be read is counted and said once in the log."""
+        try:
+            engines = read_engines(self.directory, self.server, self._failed)
+        except Exception as error:
+            if not isinstance(error, BoardError) or self.directory.exists():
+                self._failed(error)
+            engines = []
+        self._history.add(engines)
+        return engines
+
+    def _failed(self, error: Exception) -> None:
+        self._read_errors += 1
+        if str(error) != self._warned:
+            self._warned = str(error)
+            self._logger.warning("moe-monitor: %s", error)
+
+    def families(self) -> list[Family]:
+        """All families of all engines; never raises, an engine that fails is left out and counted."""
+        result: list[Family] = []
+        seen = set()
+        together: dict[tuple[str, str], list[EngineSnapshot]] = {}
+        for engine in self.read():
+            together.setdefault(engine.key[:2], []).append(engine)
+            try:
+                result += families(engine, self._history, self.max_series)
+                seen.add((engine.model_name, engine.engine))
+            except Exception as error:
+                self._failed(error)
+        for engines in together.values():
+            try:
+                result += expert_parallel(engines, self._history)
+            except Exception as error:
+                self._failed(error)
+        for pair in self.expected:
+            if pair not in seen:
+                result.append(Family(BY_NAME["moe_monitor_active"], pair, [()], [0]))
+        if self._read_errors:
+            pair = self.expected[0] if self.expected else ("", "")
+            result.append(Family(BY_NAME["moe_monitor_errors_total"], pair, [("collect",)], [self._read_errors]))
+        return result
+
+    def render(self, *, openmetrics: bool = False, names: Sequence[str] | None = None) -> bytes:
+        """The exposition, of all metrics or of those named; never raises."""
+        try:
+            families = self.families()
+            if names is not None:
+                families = [f for f in families if f.metric.name in names]
+            with self._lock:
+                return self._exposition.render(families, openmetrics=openmetrics)
+        except Exception as error:
+            self._failed(error)
+            return b"# EOF\n" if openmetrics else b""
+
+    def collect(self) -> Iterator[ClientMetric]:
+        """prometheus_client's interface; never raises."""
+        try:
+            grouped: dict[str, ClientMetric] = {}
+            for family in self.families():
+                _add(grouped, family)
+            ready = list(grouped.values())
+        except Exception as error:
+            self._failed(error)
+            return
+        yield from ready
+
+    def describe(self) -> list[ClientMetric]:
+        """Nothing: registering must not read boards that do not exist yet."""
+        return []
+
+
+def _add(grouped: dict[str, ClientMetric], family: Family) -> None:
+    metric, names = family.metric, IDENTITY + family.metric.labels
+    kinds = {"counter": CounterMetricFamily, "histogram": HistogramMetricFamily}
+    if metric.name not in grouped:
+        made = kinds.get(metric.kind, GaugeMetricFamily)(metric.name, metric.help, labels=names)
+        grouped[metric.name] = made
+    client = grouped[metric.name]
+    if isinstance(client, HistogramMetricFamily):
+        bounds = [repr(float(b)) for b in metric.buckets] + ["+Inf"]
+        cumulative = np.cumsum(np.asarray(family.values), axis=-1).tolist()
+        for labels, row, total in zip(family.labels, cumulative, np.asarray(family.sums).tolist(), strict=True):
+            client.add_metric(family.identity + labels, list(zip(bounds, row, strict=True)), total)
+    elif isinstance(client, CounterMetricFamily | GaugeMetricFamily):
+        for labels, value in zip(family.labels, family.values, strict=True):
+            client.add_metric(family.identity + labels, float(value))

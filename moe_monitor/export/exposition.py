@@ -1,0 +1,109 @@
+"""Prometheus text and OpenMetrics from families, fast enough for large models.
+
+prometheus_client formats about 150,000 samples a second, and does so on the event loop of the server whose /metrics
+it serves; 58 layers x 256 experts would stall token streaming for 100 ms. Here the text of names and labels is made
+once per set of series and kept, so that a scrape only formats numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from moe_monitor.catalog import IDENTITY, Metric
+from moe_monitor.export.families import Family, Labels
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+def escape(value: str) -> str:
+    """A label value as it stands between quotes. Carriage returns and lone surrogates would break line readers."""
+    return value.translate(_ESCAPES).replace("\r", r"\\r").encode("utf-8", "replace").decode()
+
+
+def _number(value: Any) -> str:
+    number = float(value)
+    if number.is_integer() and abs(number) < 1e15:
+        return str(int(number))
+    return repr(number) if np.isfinite(number) else ("NaN" if number != number else "+Inf" if number > 0 else "-Inf")
+
+
+def _bound(value: float) -> str:
+    return repr(float(value))
+
+
+class Exposition:
+    """Writes families; keeps the text of names and labels between calls. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._prefixes: dict[tuple[str, Labels], tuple[list[Labels], list[str]]] = {}
+
+    def render(self, families: Iterable[Family], *, openmetrics: bool = False) -> bytes:
+        """The exposition of all families, grouped by metric, each with HELP and TYPE; OpenMetrics ends in ``# EOF``."""
+        grouped: dict[str, list[Family]] = {}
+        for family in families:
+            if not family.labels:
+                continue
+            grouped.setdefault(family.metric.name, []).append(family)
+        parts: list[str] = []
+        for members in grouped.values():
+            metric = members[0].metric
+            parts.append(_head(metric, openmetrics))
+            for family in members:
+                self._series(parts, family)
+        if openmetrics:
+            parts.append("# EOF\n")
+        return "".join(parts).encode()
+
+    def _series(self, parts: list[str], family: Family) -> None:
+        prefixes = self._prefix(family)
+        if family.metric.kind != "histogram":
+            values = family.values
+            if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
+                texts: Iterable[str] = map(str, values.tolist())
+            else:
+                texts = map(_number, values)
+            parts.append("".join(itertools.chain.from_iterable(zip(prefixes, texts, itertools.repeat("\n")))))
+            return
+        cumulative = np.cumsum(np.asarray(family.values, dtype=np.int64), axis=-1)
+        numbers: list[str] = []
+        for row, total in zip(cumulative.tolist(), np.asarray(family.sums).tolist(), strict=True):
+            numbers.extend(map(str, row))
+            numbers.append(str(row[-1]))
+            numbers.append(_number(total))
+        parts.append("".join(itertools.chain.from_iterable(zip(prefixes, numbers, itertools.repeat("\n")))))
+
+    def _prefix(self, family: Family) -> list[str]:
+        key = (family.metric.name, family.identity)
+        kept = self._prefixes.get(key)
+        if kept is not None and kept[0] == family.labels:
+            return kept[1]
+        made = [prefix for labels in family.labels for prefix in _prefixes(family.metric, family.identity, labels)]
+        self._prefixes[key] = (list(family.labels), made)
+        return made
+
+
+def _head(metric: Metric, openmetrics: bool) -> str:
+    name, kind = metric.name, str(metric.kind)
+    if openmetrics:
+        name = name.removesuffix("_total") if kind == "counter" else name.removesuffix("_info")
+    elif kind == "info":
+        kind = "gauge"
+    help_text = metric.help.replace("\\", r"\\").replace("\n", r"\n")
+    return f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n"
+
+
+def _prefixes(metric: Metric, identity: Labels, labels: Labels) -> list[str]:
+    pairs = zip(IDENTITY + metric.labels, identity + labels, strict=True)
+    text = ",".join(f'{name}="{escape(value)}"' for name, value in pairs)
+    if metric.kind != "histogram":
+        return [f"{metric.name}{{{text}}} "]
+    bounds = [*map(_bound, metric.buckets), "+Inf"]
+    buckets = [f'{metric.name}_bucket{{{text},le="{bound}"}} ' for bound in bounds]
+    return [*buckets, f"{metric.name}_count{{{text}}} ", f"{metric.name}_sum{{{text}}} "]

@@ -1,0 +1,353 @@
+"""The meter for CUDA: exact under CUDA graphs, with one kernel launch per step.
+
+Python inside the model runs while a graph is captured and never when it is replayed. So every captured router's
+logits and ids are *retained*: the references keep their memory in the graph's pool from being handed out again, and
+after each replay one kernel reads all layers through a table of addresses. Passes without a graph hand their tensors
+over directly and take the same kernel.
+
+Retaining is unsafe where compiled code reuses the memory of logits inside the graph (Inductor's buffer reuse happens
+below the allocator, references do not prevent it). That is a property of the compiled code, so it is looked for in the
+warm-up passes before the capture: a checksum taken when the router has read the logits must still hold when the pass is
+over. Where it does not, or where retaining would take too much memory, the kernel goes into the graph, once per layer,
+and the number of valid tokens is read on the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe_monitor.capture.kernels import Launcher
+from moe_monitor.layout import RowLayout
+
+#: Addresses of this many passes without a graph may be on their way to the device at once.
+_RING = 16
+#: Graphs (times layers) whose addresses the in-graph kernel can look up.
+_INGRAPH_GRAPHS = 512
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where this rank's tokens lie in what a router saw.
+
+    Rows from ``start`` on, at most ``rows`` of them; the first ``skip`` tokens of the batch went to other ranks.
+    """
+
+    start: int = 0
+    rows: int = 1 << 30
+    skip: int = 0
+
+    def valid(self, tokens: int) -> int:
+        return max(0, min(tokens - self.skip, self.rows))
+
+
+@dataclass
+class Retained:
+    """The decisions of one captured graph; the tensors are held for their memory."""
+
+    span: Span
+    tensors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    table: Tensor | None = None
+    strides: tuple[int, int] = (0, 0)
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Sum over the tensor's bits, on the device: what overwrites it changes this, NaNs included."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.view(integers).sum(dtype=torch.int64)
+
+
+class CudaMeter:
+    """Counter rows of one model on one CUDA device; the same interface as :class:`~moe_monitor.capture.meter.Meter`.
+
+    ``pending_limit``: bytes of decisions that a pass without a graph may hold. ``memory_limit``: bytes that retaining
+    may keep. ``forced``: "auto", "retain" or "ingraph".
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        experts: int,
+        top_k: int,
+        scoring: str,
+        *,
+        memory_limit: int,
+        forced: str = "auto",
+        pending_limit: int = 32 << 20,
+        is_capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.layout = RowLayout(experts)
+        self.scoring = scoring
+        self.top_k = top_k
+        self.passes = 0
+        self.valid = 0
+        self.capture = "retain" if forced != "ingraph" else "ingraph"
+        #: Why the kernel goes into the graph; empty while it does not.
+        self.fallback = "MOE_MONITOR_CAPTURE=ingraph" if forced == "ingraph" else ""
+        self._forced = forced
+        self._memory_limit = memory_limit
+        self._pending_limit = pending_limit
+        self._launcher: Launcher | None = None
+        self._pending: dict[int, tuple[Tensor, Tensor, Span]] = {}
+        self._pending_bytes = 0
+        self._done: set[int] = set()
+        self._graphs: dict[Hashable, Retained] = {}
+        self._suspects: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._is_capturing = is_capturing
+        self.retained_bytes = 0
+
+    # set-up: on the first router of the first (warm-up) pass, outside vLLM's weight memory pool
+
+    # (out of inference mode, in which vLLM runs: tensors made in it could not be written to by other threads)
+
+    @torch.inference_mode(False)
+    def _set_up(self, logits: Tensor, ids: Tensor) -> Launcher:
+        device, layers = logits.device, len(self.layers)
+        self._device = device
+        self._rows = torch.zeros((layers, self.layout.width), dtype=torch.int64, device=device)
+        self._row_of = torch.arange(layers, dtype=torch.int32, device=device)
+        self._launcher = launcher = Launcher(
+            self._rows,
+            logits_dtype=logits.dtype,
+            ids_dtype=ids.dtype,
+            experts=self.layout.experts,
+            top_k=self.top_k,
+            scoring=self.scoring,
+        )
+        launcher.warm_up(requests=(False,), device_n=(False,))
+        self._unsafe = torch.zeros((), dtype=torch.bool, device=device)
+        # Triton's interpreter runs all this on a CPU, for tests
+        self._pinned = device.type == "cuda"
+        self._host_rows = torch.empty_like(self._rows, device="cpu", pin_memory=self._pinned)
+        self._stream: torch.cuda.Stream | None = None
+        self._ring = torch.empty((_RING, layers, 2), dtype=torch.int64, pin_memory=self._pinned)
+        self._ring_numpy = self._ring.numpy()
+        self._ring_device = torch.empty((_RING, layers, 2), dtype=torch.int64, device=device)
+        self._ring_at = 0
+        if self.capture == "ingraph":
+            self._set_up_ingraph()
+        return launcher
+
+    @torch.inference_mode(False)
+    def _set_up_ingraph(self) -> None:
+        assert self._launcher is not None
+        self._launcher.warm_up(requests=(False,), device_n=(True,))
+        layers = len(self.layers)
+        self._valid_device = torch.zeros(1, dtype=torch.int32, device=self._device)
+        self._valid_host = torch.zeros((_RING, 1), dtype=torch.int32, pin_memory=self._pinned)
+        self._valid_numpy = self._valid_host.numpy()
+        self._valid_at = 0
+        self._valid_now = 0
+        self._table = torch.zeros((_INGRAPH_GRAPHS * layers, 2), dtype=torch.int64, device=self._device)
+        self._table_host = np.zeros((_INGRAPH_GRAPHS * layers, 2), dtype=np.int64)
+        self._table_used = 0
+        self._table_uploaded = 0
+
+    # what the routers say
+
+    def observe(self, layer: int, logits: Tensor, ids: Tensor, key: Hashable, span: Span) -> None:
+        """One layer's decision. ``key`` names the graph being captured; it is not looked at otherwise."""
+        if self._is_capturing():
+            self._capturing(layer, logits, ids, key, span)
+            return
+        if self._launcher is None:
+            self._set_up(logits, ids)
+        if self.valid == 0:
+            self._suspect(layer, logits, ids)
+            return
+        if layer in self._pending or layer in self._done:
+            raise RuntimeError(f"layer {self.layers[layer]} was routed twice in one pass")
+        if self.fallback:
+            logits, ids = logits.clone(), ids.clone()
+        self._pending[layer] = (logits, ids, span)
+        self._pending_bytes += logits.nbytes + ids.nbytes
+        if self._pending_bytes > self._pending_limit:
+            self._work_off(self.valid)
+
+    def _suspect(self, layer: int, logits: Tensor, ids: Tensor) -> None:
+        if layer in self._suspects or self._pending_bytes > self._pending_limit:
+            self._acquit()
+        self._suspects[layer] = (logits, _checksum(logits), ids, _checksum(ids))
+        self._pending_bytes += logits.nbytes + ids.nbytes
+
+    def _acquit(self) -> None:
+        """A warm-up pass is over: compare, on the device, without waiting."""
+        for logits, logits_sum, ids, ids_sum in self._suspects.values():
+            self._unsafe |= (_checksum(logits) != logits_sum) | (_checksum(ids) != ids_sum)
+        self._suspects.clear()
+        self._pending_bytes = 0
+
+    def _capturing(self, layer: int, logits: Tensor, ids: Tensor, key: Hashable, span: Span) -> None:
+        graph = self._graphs.get(key)
+        if graph is None or layer in graph.tensors:  # captured anew: the old graph is gone
+            graph = self._graphs[key] = Retained(span)
+        graph.tensors[layer] = (logits, ids)
+        if self.capture != "ingraph":
+            return
+        assert self._launcher is not None
+        at = self._table_used
+        if at >= len(self._table_host):
+            raise RuntimeError(f"more than {_INGRAPH_GRAPHS} graphs were captured")
+        self._table_used += 1
+        self._table_host[at] = logits.data_ptr(), ids.data_ptr()
+        if span.skip:
+            raise RuntimeError("capture inside the graph does not know sequence-parallel shards")
+        self._launcher.launch(
+            self._table[at : at + 1],
+            min(logits.shape[0] - span.start, span.rows),
+            row_start=span.start,
+            row_of=self._row_of[layer : layer + 1],
+            strides=(logits.stride(0), ids.stride(0)),
+            n_valid_device=self._valid_device,
+        )
+
+    # before and after the capture of graphs
+
+    def before_capture(self, rows: int) -> None:
+        """Decide how to capture; ``rows`` is the sum of rows over all graphs to come. Waits for the device."""
+        self._graphs.clear()
+        if self._launcher is None or self.capture == "ingraph":
+            return
+        self._acquit()
+        reasons = []
+        if bool(self._unsafe.item()):
+            reasons.append("compiled code reuses the memory of router logits")
+        per_row = len(self.layers) * (self.layout.experts * 4 + self.top_k * 8)
+        if rows * per_row > self._memory_limit:
+            reasons.append(f"retaining could take {rows * per_row >> 20} MiB, allowed are {self._memory_limit >> 20}")
+        if reasons:
+            self.fallback = "; ".join(reasons)
+            if self._forced == "retain":
+                raise RuntimeError(f"MOE_MONITOR_CAPTURE=retain is not possible: {self.fallback}")
+            self.capture = "ingraph"
+            self._set_up_ingraph()
+
+    # the step
+
+    def begin_pass(self, tokens: int) -> None:
+        """A real pass of ``tokens`` tokens is about to run."""
+        if self._suspects:
+            self._acquit()
+        self._pending.clear()
+        self._done.clear()
+        self._pending_bytes = 0
+        self.valid = tokens
+        if self.capture == "ingraph" and self._launcher is not None:
+            self._set_valid(tokens)
+
+    def begin_dummy(self) -> None:
+        """A pass that must not be counted is about to run."""
+        self.valid = 0
+        if self.capture == "ingraph" and self._launcher is not None:
+            self._set_valid(0)
+
+    def _set_valid(self, tokens: int) -> None:
+        if self._table_uploaded < self._table_used:
+            fresh = slice(self._table_uploaded, self._table_used)
+            self._table[fresh] = torch.from_numpy(self._table_host[fresh]).to(self._device)
+            self._table_uploaded = self._table_used
+        if tokens == self._valid_now:
+            return
+        self._valid_now = tokens
+        self._valid_at = (self._valid_at + 1) % _RING
+        self._valid_numpy[self._valid_at] = tokens
+        self._valid_device.copy_(self._valid_host[self._valid_at], non_blocking=True)
+
+    def end_pass(self, key: Hashable | None, tokens: int) -> bool:
+        """The pass has run, replaying the graph ``key`` (None: without a graph), and had ``tokens`` real tokens.
+
+        Returns whether every layer was seen: False means that capture is not live.
+        """
+        self.valid = 0
+        if self._launcher is None:
+            return False
+        if self._stream is None and self._pinned:
+            self._stream = torch.cuda.current_stream(self._device)
+        if key is not None and not self._pending:
+            graph = self._graphs.get(key)
+            if graph is None or len(graph.tensors) != len(self.layers):
+                return False
+            if self.capture == "retain":
+                self._after_replay(graph, tokens)
+        else:
+            self._work_off(tokens)
+            if len(self._done) != len(self.layers):
+                return False
+        self.passes += 1
+        return True
+
+    def _after_replay(self, graph: Retained, tokens: int) -> None:
+        assert self._launcher is not None
+        if graph.table is None:
+            self._finish(graph)
+        assert graph.table is not None
+        self._launcher.launch(graph.table, graph.span.valid(tokens), row_start=graph.span.start, strides=graph.strides)
+
+    def _finish(self, graph: Retained) -> None:
+        """First replay of a graph: its addresses go to the device, and all layers must agree in form."""
+        ordered = [graph.tensors[i] for i in range(len(self.layers))]
+        forms = {(a.dtype, a.shape, a.stride(), b.dtype, b.shape, b.stride()) for a, b in ordered}
+        if len(forms) != 1:
+            raise RuntimeError(f"the layers' routers differ in form: {sorted(map(str, forms))}")
+        ranges = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for pair in ordered for t in pair)
+        if any(a[1] > b[0] for a, b in itertools.pairwise(ranges)):
+            raise RuntimeError("two layers' decisions share memory in a captured graph")
+        graph.strides = (ordered[0][0].stride(0), ordered[0][1].stride(0))
+        addresses = torch.tensor([(a.data_ptr(), b.data_ptr()) for a, b in ordered], dtype=torch.int64)
+        graph.table = addresses.to(self._device)
+        self.retained_bytes += sum(t.nbytes for pair in ordered for t in pair)
+
+    def _work_off(self, tokens: int) -> None:
+        """Count the decisions at hand of a pass without a graph."""
+        if not self._pending:
+            return
+        assert self._launcher is not None
+        layers = sorted(self._pending)
+        first_logits, first_ids, span = self._pending[layers[0]]
+        self._ring_at = (self._ring_at + 1) % _RING
+        host, device = self._ring_numpy[self._ring_at], self._ring_device[self._ring_at]
+        for i, layer in enumerate(layers):
+            logits, ids, at = self._pending[layer]
+            if logits.stride() != first_logits.stride() or ids.stride() != first_ids.stride() or at != span:
+                raise RuntimeError("the layers' routers differ in form within one pass")
+            host[i] = logits.data_ptr(), ids.data_ptr()
+        n = len(layers)
+        device[:n].copy_(self._ring[self._ring_at, :n], non_blocking=True)
+        whole = n == len(self.layers)
+        self._launcher.launch(
+            device[:n],
+            span.valid(tokens),
+            row_start=span.start,
+            row_of=None if whole else torch.tensor(layers, dtype=torch.int32).to(self._device, non_blocking=True),
+            strides=(first_logits.stride(0), first_ids.stride(0)),
+        )
+        self._done.update(layers)
+        # The stream's order protects the memory: whoever gets it next writes after our kernel has read.
+        self._pending.clear()
+        self._pending_bytes = 0
+
+    # what the publisher asks for, from its own thread
+
+    def read_rows(self) -> NDArray[np.int64]:
+        """The rows as they stand between two steps: the copy is queued on the model's own stream.
+
+        Waits, without holding the interpreter, until the device has worked off what was queued before.
+        """
+        if self._launcher is None:
+            return np.zeros((len(self.layers), self.layout.width), dtype=np.int64)
+        if self._stream is None:
+            return self._rows.cpu().numpy().copy()
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            self._host_rows.copy_(self._rows, non_blocking=True)
+            copied = self._stream.record_event()
+        while not copied.query():
+            time.sleep(0.001)
+        return self._host_rows.numpy().copy()

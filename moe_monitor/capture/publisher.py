@@ -1,0 +1,159 @@
+"""The publisher: meter -> board, on a thread of its own, off the serving path."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_monitor import statistics
+from moe_monitor.board import BoardWriter, remove_dead_boards
+from moe_monitor.capture.fuse import Fuse
+from moe_monitor.layout import FIXED_POINT, RowLayout
+from moe_monitor.snapshot import STATUS_SEGMENT, routing_segment
+
+
+class Reading(NamedTuple):
+    """Counter rows [layers, width] and the number of passes that they cover."""
+
+    rows: NDArray[np.int64]
+    passes: int
+
+
+class Source(Protocol):
+    """Where readings come from. ``passes`` is cheap to ask for; ``read`` may wait for a device copy to arrive."""
+
+    @property
+    def passes(self) -> int: ...
+
+    def read(self) -> Reading: ...
+
+
+class Publisher:
+    """Publishes a source to a board every ``interval`` seconds, and at once when the fuse blows.
+
+    The board is made here, so that whoever asks finds the status of an inactive monitor too. ``source`` is None
+    where there is nothing to count. Raises BoardError when the board cannot be made.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        identity: Mapping[str, Any],
+        fuse: Fuse,
+        source: Source | None,
+        *,
+        interval: float,
+        log_interval: float,
+        logger: logging.Logger,
+    ) -> None:
+        self._fuse = fuse
+        self._source = source
+        self._interval = interval
+        self._identity = identity
+        self._summary = Summary(identity, log_interval, logger) if source is not None and log_interval else None
+        segments = {"status": STATUS_SEGMENT}
+        if source is not None:
+            segments["routing"] = routing_segment(len(identity["layers"]), RowLayout(identity["experts"]).width)
+        self._board = BoardWriter(directory, name, identity, segments)
+        remove_dead_boards(directory)
+        self._published = -1
+        self._wake = threading.Event()
+        self._stopping = False
+        fuse.on_blow = self._wake.set
+        self._write_status()
+        self._thread = threading.Thread(target=self._run, name="moe-monitor-publisher", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._wake.wait(self._interval)
+            self._wake.clear()
+            try:
+                self.publish()
+            except Exception as error:
+                self._fuse.blow("publish", error)
+                self._last_words()
+                return
+
+    def publish(self) -> None:
+        """One round. Raises what the board or the device copy raise."""
+        source = self._source
+        if source is not None and not self._fuse.blown and source.passes != self._published:
+            passes = source.passes  # before the reading: a pass that ends meanwhile is read again next time
+            reading = source.read()
+            self._board.write("routing", {"rows": reading.rows, "passes": np.array([reading.passes])})
+            self._published = passes
+            if self._summary is not None:
+                self._summary.maybe_log(reading.rows)
+        self._write_status()
+
+    def _write_status(self) -> None:
+        self._board.write("status", {"json": self._fuse.status.to_array()})
+
+    def _last_words(self) -> None:
+        try:
+            self._write_status()
+        except Exception:
+            self._board.close()  # no board reads as "not active", a stale one would read as a hanging engine
+
+    def close(self) -> None:
+        """Stop the thread and remove the board. Safe to call twice."""
+        if self._stopping:
+            return
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(timeout=2)
+        self._board.close()
+
+
+class Summary:
+    """A line in the server's log while tokens are routed, next to vLLM's own stats line."""
+
+    def __init__(
+        self,
+        identity: Mapping[str, Any],
+        interval: float,
+        logger: logging.Logger,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._identity = identity
+        self._layout = RowLayout(identity["experts"])
+        self._interval = interval
+        self._logger = logger
+        self._clock = clock
+        self._at = clock()
+        self._last: NDArray[np.int64] | None = None
+
+    def maybe_log(self, rows: NDArray[np.int64]) -> None:
+        """Log what was routed since the last line, if the interval has passed and anything was."""
+        now = self._clock()
+        if self._last is None:
+            self._last = np.zeros_like(rows)
+        if now - self._at < self._interval or not (delta := rows - self._last).any():
+            return
+        tokens = self._layout.column(delta, "tokens")
+        imbalance = statistics.imbalance(self._layout.column(delta, "experts"))
+        finite = int((tokens - self._layout.column(delta, "nonfinite")).sum())
+        entropy = self._layout.column(delta, "entropy_sum").sum() / FIXED_POINT / finite if finite else float("nan")
+        worst = int(np.nanargmax(imbalance))
+        floor = statistics.imbalance_floor(int(tokens[worst]), self._identity["experts"], self._identity["top_k"])
+        self._logger.info(
+            "Engine %03d: MoE routing: %d tokens in %.0f s, most imbalanced layer %d (max/mean %.2f, chance %.2f), "
+            "router entropy %.2f of ln(experts)",
+            int(self._identity["engine"]),
+            int(tokens.max()),
+            now - self._at,
+            self._identity["layers"][worst],
+            imbalance[worst],
+            floor,
+            entropy,
+        )
+        self._at, self._last = now, rows.copy()

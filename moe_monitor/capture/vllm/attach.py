@@ -1,0 +1,349 @@
+"""Attaching to a loaded model: which layers route, what they look like, and whose rank counts them.
+
+The seam is ``BaseRouter._compute_routing``, wrapped on each live router: it alone sees the logits and the chosen
+logical expert ids together, before expert-parallel load balancing maps them to physical replicas, and leaves the one
+slot of ``set_capture_fn`` to vLLM's own use.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import moe_monitor
+from moe_monitor.capture.cuda import CudaMeter
+from moe_monitor.capture.fuse import Fuse
+from moe_monitor.capture.meter import Meter
+from moe_monitor.capture.publisher import Publisher, Reading
+from moe_monitor.capture.vllm import op
+from moe_monitor.capture.vllm.context import NotLive, Parallel, graph_key
+from moe_monitor.capture.vllm.plugin import SERVER_VARIABLE
+from moe_monitor.capture.vllm.versions import SUPPORTED, supported
+from moe_monitor.settings import Settings
+
+logger = logging.getLogger("vllm.moe_monitor")
+
+_WRAPPED = "_moe_monitor_original"
+
+Routing = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+class NothingToMonitor(Exception):
+    """The model, or this rank of it, has no routing to count; the message says why. No error."""
+
+
+@dataclass(frozen=True)
+class RouterFacts:
+    """What the MoE layers of a model have in common; sizes of the whole layer, not of this rank's shard."""
+
+    experts: int
+    top_k: int
+    scoring: str
+    hidden_size: int
+    intermediate_size: int
+    matrices: int
+
+
+def moe_layers(model: torch.nn.Module) -> list[tuple[int, Any]]:
+    """(layer index, MoE runner) of all MoE layers on this rank, in model order."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return [(extract_layer_index(m.layer_name), m) for m in model.modules() if isinstance(m, MoERunner)]
+
+
+def facts_of(runner: Any) -> RouterFacts:
+    """Facts of one MoE layer. Raises NothingToMonitor where its router cannot be observed."""
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    name = runner.layer_name
+    if runner.is_monolithic:
+        method = type(runner.routed_experts.quant_method).__name__
+        raise NothingToMonitor(f"layer {name} routes inside a monolithic kernel ({method}), which hides the choice")
+    if not isinstance(runner.router, BaseRouter):
+        raise NothingToMonitor(f"layer {name} has a router of an unknown kind ({type(runner.router).__name__})")
+    config = runner.moe_config
+    return RouterFacts(
+        experts=int(config.num_logical_experts),
+        top_k=int(runner.router.top_k),
+        scoring="sigmoid" if getattr(runner.router, "scoring_func", "softmax") == "sigmoid" else "softmax",
+        hidden_size=int(config.hidden_dim_unpadded or config.hidden_dim),
+        intermediate_size=int(config.intermediate_size),
+        matrices=3 if config.activation.is_gated else 2,
+    )
+
+
+def placement_of(runner: Any) -> dict[str, Any] | None:
+    """Which logical experts vLLM placed on this expert-parallel rank; None without expert parallelism.
+
+    Replicas of the expert-parallel load balancer move while serving and are not described.
+    """
+    config = runner.moe_config
+    expert_map = runner.expert_map
+    if not config.moe_parallel_config.use_ep or expert_map is None or runner.eplb_state is not None:
+        return None
+    local = (expert_map[: config.num_logical_experts] >= 0).nonzero().flatten().tolist()
+    return {"rank": int(config.ep_rank), "size": int(config.ep_size), "experts": local}
+
+
+def _parallel(config: Any) -> Parallel:
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    parallel = config.parallel_config
+    return Parallel(
+        dp_rank=int(parallel.data_parallel_rank),
+        dp_size=int(parallel.data_parallel_size),
+        tp_rank=int(get_tensor_model_parallel_rank()),
+        tp_size=int(parallel.tensor_parallel_size),
+    )
+
+
+class Capture:
+    """The monitor of one worker: fuse, meter and publisher, and the hooks that feed them."""
+
+    def __init__(self, model_runner: Any, settings: Settings) -> None:
+        self.fuse = Fuse(logger)
+        self.meter: Meter | CudaMeter | None = None
+        self.publisher: Publisher | None = None
+        #: Key of the graph under capture, where the model runner knows it and the forward context does not.
+        self.capturing: Hashable | None = None
+        #: Key of the graph that was replayed in this pass, likewise.
+        self.replayed: Hashable | None = None
+        self._routers: list[Any] = []
+        self._settings = settings
+        try:
+            identity = self._attach(model_runner)
+        except NothingToMonitor as nothing:
+            identity = {"layers": [], "experts": 0, "top_k": 0, "scoring": ""}
+            self.detach()
+            self.fuse.off(str(nothing))
+        except Exception as error:
+            identity = {"layers": [], "experts": 0, "top_k": 0, "scoring": ""}
+            self.detach()
+            self.fuse.blow("attach", error)
+        self._publish(model_runner.vllm_config, identity, settings)
+
+    def _attach(self, model_runner: Any) -> dict[str, Any]:
+        import vllm
+
+        if not supported(vllm.__version__):
+            raise NothingToMonitor(
+                f"vLLM {vllm.__version__} is outside the supported range {SUPPORTED[0]} to below {SUPPORTED[1]}; "
+                "install a moe-monitor release that supports it"
+            )
+        layers = moe_layers(model_runner.model)
+        if not layers:
+            raise NothingToMonitor("the model has no mixture-of-experts layers on this rank")
+        facts = {facts_of(runner) for _, runner in layers}
+        if len(facts) > 1:
+            raise NothingToMonitor(f"its MoE layers differ from each other: {sorted(map(str, facts))}")
+        (common,) = facts
+        indices = [index for index, _ in layers]
+        self._parallel = _parallel(model_runner.vllm_config)
+        self.fuse.status.active = True
+        self.fuse.status.reason = ""
+        identity = {"layers": indices, **common.__dict__}
+        placement = placement_of(layers[0][1])
+        if placement is not None:
+            identity["ep"] = placement
+        if self._parallel.tp_rank and not layers[0][1].moe_config.is_sequence_parallel:
+            return identity  # tensor-parallel ranks route the same tokens the same way; the first one counts
+        if model_runner.device.type == "cuda":
+            self.meter = CudaMeter(
+                indices,
+                common.experts,
+                common.top_k,
+                common.scoring,
+                memory_limit=self._settings.device_memory_mib << 20,
+                forced=self._settings.capture,
+            )
+            wrap, self.fuse.status.capture = self._wrap_opaque, self.meter.capture
+        else:
+            self.meter = Meter(indices, common.experts, common.scoring)
+            wrap, self.fuse.status.capture = self._wrap_traced, "op"
+            op.set_observer(self.observe)
+            self._mark_compile_cache(model_runner.vllm_config)
+        for position, (_, runner) in enumerate(layers):
+            wrap(runner.router, position)
+        logger.info(
+            "moe-monitor %s counts the routing of %d layers, %d experts, top-%d",
+            moe_monitor.__version__,
+            len(layers),
+            common.experts,
+            common.top_k,
+        )
+        return identity
+
+    def _wrap_traced(self, router: Any, position: int) -> None:
+        """Where torch.compile traces through the router (CPU): the decision leaves through an op."""
+        original: Routing = router._compute_routing
+
+        def compute_routing(
+            hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            weights, ids = original(hidden_states, router_logits, *args, **kwargs)
+            torch.ops.moe_monitor.observe(ids, router_logits, position)
+            return weights, ids
+
+        self._wrap(router, original, compute_routing)
+
+    def _wrap_opaque(self, router: Any, position: int) -> None:
+        """Where the whole MoE layer is one opaque op to the compiler (CUDA): plain Python, no op of ours."""
+        original: Routing = router._compute_routing
+
+        def compute_routing(
+            hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            weights, ids = original(hidden_states, router_logits, *args, **kwargs)
+            self.observe_cuda(position, router_logits, ids)
+            return weights, ids
+
+        self._wrap(router, original, compute_routing)
+
+    def _wrap(self, router: Any, original: Routing, replacement: Routing) -> None:
+        setattr(router, _WRAPPED, original)
+        router._compute_routing = replacement
+        self._routers.append(router)
+
+    @staticmethod
+    def _mark_compile_cache(vllm_config: Any) -> None:
+        """The op changes the graph, so it must change the cache key: artefacts with and without it must not mix.
+
+        ``additional_config`` is what vLLM hashes on behalf of plug-ins, late enough: at the first compilation.
+        """
+        extra = vllm_config.additional_config
+        if isinstance(extra, dict) or extra is None:
+            vllm_config.additional_config = {**(extra or {}), "moe_monitor_graph": op.GRAPH_VERSION}
+            return
+        original = extra.compute_hash
+        extra.compute_hash = lambda: f"{original()}-moe_monitor_graph-{op.GRAPH_VERSION}"
+
+    def detach(self) -> None:
+        """Undo the wrapping of the routers."""
+        op.set_observer(None)
+        for router in self._routers:
+            router._compute_routing = getattr(router, _WRAPPED)
+            delattr(router, _WRAPPED)
+        self._routers.clear()
+
+    def _publish(self, config: Any, identity: dict[str, Any], settings: Settings) -> None:
+        import vllm
+
+        parallel = config.parallel_config
+        engine = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
+        server = os.environ.get(SERVER_VARIABLE, str(os.getpid()))
+        served = config.model_config.served_model_name
+        identity = {
+            **identity,
+            "version": moe_monitor.__version__,
+            "producer": "vllm",
+            "producer_version": vllm.__version__,
+            "server": server,
+            "model_name": served[0] if isinstance(served, list) else str(served),
+            "engine": str(engine),
+            "rank": {"global": int(parallel.rank), "dp": engine},
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": time.time(),
+        }
+        try:
+            self.publisher = Publisher(
+                settings.dir,
+                f"{server}.{engine}.{parallel.rank}",
+                identity,
+                self.fuse,
+                self if self.meter is not None and not self.fuse.blown else None,
+                interval=settings.interval,
+                log_interval=settings.log_interval,
+                logger=logger,
+            )
+        except Exception as error:
+            self.detach()
+            self.fuse.blow("board", error)
+
+    # what the publisher asks for
+
+    @property
+    def passes(self) -> int:
+        return self.meter.passes if self.meter is not None else 0
+
+    def read(self) -> Reading:
+        assert self.meter is not None
+        rows = self.meter.read_rows()
+        return Reading(rows, int(self.meter.layout.column(rows, "passes").max()))
+
+    # hooks on the serving path: the first line of each is the way out
+
+    def observe(self, layer: int, logits: torch.Tensor, ids: torch.Tensor) -> None:
+        """A router has decided, on a CPU; called in every pass, real or not."""
+        if self.fuse.blown or not isinstance(self.meter, Meter) or self.meter.valid == 0:
+            return
+        with self.fuse.guard("record"):
+            self.meter.observe(layer, logits, ids)
+
+    def observe_cuda(self, layer: int, logits: torch.Tensor, ids: torch.Tensor) -> None:
+        """A router has decided, on CUDA; called while a graph is captured and in passes without a graph."""
+        if self.fuse.blown or not isinstance(self.meter, CudaMeter):
+            return
+        with self.fuse.guard("record", serving=self.meter.valid > 0):
+            key = graph_key()
+            key = self.capturing if key is None else key
+            self.meter.observe(layer, logits, ids, key, self._parallel.span(logits.shape[0]))
+
+    def begin_pass(self, tokens: int) -> None:
+        """A real pass of ``tokens`` tokens is about to run."""
+        if self.fuse.blown or self.meter is None:
+            return
+        with self.fuse.guard("record"):
+            self.replayed = None
+            self.meter.begin_pass(tokens)
+
+    def note_graph(self) -> None:
+        """A piecewise graph is about to be replayed or captured within this forward context."""
+        if self.fuse.blown:
+            return
+        with self.fuse.guard("record"):
+            self.replayed = graph_key()
+
+    def begin_dummy(self) -> None:
+        """A warm-up, profiling or idle pass is about to run: nothing in it may be counted."""
+        if self.fuse.blown or self.meter is None:
+            return
+        with self.fuse.guard("record", serving=False):
+            self.meter.begin_dummy()
+
+    def end_pass(self, tokens: int) -> None:
+        """The real pass has run; ``tokens`` as in :meth:`begin_pass`, or fewer if the model runner dropped some."""
+        if self.fuse.blown or self.meter is None:
+            return
+        with self.fuse.guard("record"):
+            if isinstance(self.meter, CudaMeter):
+                complete = self.meter.end_pass(graph_key() if self.replayed is None else self.replayed, tokens)
+            else:
+                complete = self.meter.end_pass()
+            if not complete:
+                raise NotLive("capture is not live: a pass ended in which not every MoE layer was seen")
+
+    def before_capture(self, config: Any) -> None:
+        """vLLM is about to capture CUDA graphs; ``config`` is its compilation config."""
+        if self.fuse.blown or not isinstance(self.meter, CudaMeter):
+            return
+        with self.fuse.guard("record", serving=False):
+            mode = config.cudagraph_mode
+            kinds = 2 if mode.separate_routine() else 1  # decode graphs beside mixed ones
+            self.meter.before_capture(kinds * sum(config.cudagraph_capture_sizes or ()))
+            self.fuse.status.capture = self.meter.capture
+            if self.meter.fallback:
+                logger.info("moe-monitor counts inside the CUDA graphs, because %s", self.meter.fallback)
+
+    def close(self) -> None:
+        self.detach()
+        if self.publisher is not None:
+            self.publisher.close()

@@ -1,0 +1,135 @@
+"""Seam: the API server's ``/metrics``.
+
+Our text is appended to vLLM's answer by a small ASGI wrapper, made on a thread of its own. Registering a collector
+with prometheus_client instead would format our series on the event loop that streams tokens, and with several API
+servers it would be absent, since each then serves a fresh registry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gzip
+import logging
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+from urllib.parse import parse_qs
+
+from moe_monitor import settings
+from moe_monitor.capture.vllm.plugin import SERVER_VARIABLE
+from moe_monitor.export.collector import MoeCollector
+
+logger = logging.getLogger("vllm.moe_monitor")
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+_SENTINEL = "_moe_monitor"
+_collector: MoeCollector | None = None
+
+
+def collector() -> MoeCollector:
+    """This process's collector, started at the first call."""
+    global _collector
+    if _collector is None:
+        try:
+            configured = settings.load()
+        except settings.SettingsError:  # the worker says so; here the state must show as inactive
+            configured = settings.load({})
+        _collector = MoeCollector(
+            configured.dir,
+            server=os.environ.get(SERVER_VARIABLE),
+            max_series=configured.max_series,
+            logger=logger,
+        )
+        _collector.start()
+    return _collector
+
+
+def patch_loggers(module: ModuleType) -> None:
+    """Hook for ``vllm.v1.metrics.loggers``: learn which engines this API server speaks for."""
+    cls = module.PrometheusStatLogger
+    original = cls.__init__
+    if hasattr(original, _SENTINEL):
+        return
+
+    @functools.wraps(original)
+    def init(self: Any, vllm_config: Any, engine_indexes: list[int] | None = None, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, engine_indexes, *args, **kwargs)
+        try:
+            name = vllm_config.model_config.served_model_name
+            collector().expected = tuple((str(name), str(index)) for index in engine_indexes or [0])
+        except Exception as error:
+            logger.warning("moe-monitor: cannot tell which engines this server has: %r", error)
+
+    setattr(init, _SENTINEL, original)
+    cls.__init__ = init
+
+
+def patch_metrics(module: ModuleType) -> None:
+    """Hook for ``vllm.entrypoints.serve.instrumentator.metrics``: append to what /metrics answers."""
+    original = module.attach_router
+    if hasattr(original, _SENTINEL):
+        return
+
+    @functools.wraps(original)
+    def attach_router(app: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(app, *args, **kwargs)
+        try:
+            app.add_middleware(MetricsMiddleware, collector=collector())
+        except Exception as error:
+            logger.warning("moe-monitor: its metrics are not on this server's /metrics: %r", error)
+        return result
+
+    setattr(attach_router, _SENTINEL, original)
+    module.attach_router = attach_router  # type: ignore[attr-defined]
+
+
+class MetricsMiddleware:
+    """Passes everything through and appends the monitor's exposition to a successful answer of ``GET /metrics``."""
+
+    def __init__(self, app: App, collector: MoeCollector) -> None:
+        self._app = app
+        self._collector = collector
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="moe-monitor-scrape")
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].rstrip("/") != "/metrics" or scope["method"] != "GET":
+            await self._app(scope, receive, send)
+            return
+        names = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("name[]")
+        headers = [(k, v) for k, v in scope["headers"] if k.lower() != b"accept-encoding"]
+        compress = any(k.lower() == b"accept-encoding" and b"gzip" in v for k, v in scope["headers"])
+        messages: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            messages.append(message)
+
+        await self._app({**scope, "headers": headers}, receive, keep)
+        if not messages or messages[0].get("status") != 200:
+            for message in messages:
+                await send(message)
+            return
+        start, body = messages[0], b"".join(m.get("body", b"") for m in messages[1:])
+        openmetrics = any(k.lower() == b"content-type" and b"openmetrics" in v for k, v in start["headers"])
+        loop = asyncio.get_running_loop()
+        body = await loop.run_in_executor(self._thread, self._extend, body, names, openmetrics, compress)
+        kept = [(k, v) for k, v in start["headers"] if k.lower() not in (b"content-length", b"content-encoding")]
+        kept.append((b"content-length", str(len(body)).encode()))
+        if compress:
+            kept.append((b"content-encoding", b"gzip"))
+        await send({**start, "headers": kept})
+        await send({"type": "http.response.body", "body": body})
+
+    def _extend(self, body: bytes, names: list[str] | None, openmetrics: bool, compress: bool) -> bytes:
+        ours = self._collector.render(openmetrics=openmetrics, names=names)
+        if openmetrics:
+            body = body.removesuffix(b"# EOF\n")
+        body += ours
+        # Level 1: a scrape of megabytes every few seconds is worth little CPU and no more bytes than it must have.
+        return gzip.compress(body, 1, mtime=0) if compress else body

@@ -1,0 +1,69 @@
+"""The plugin's entry point, called by vLLM in every process, possibly more than once.
+
+It only arms hooks that fire when vLLM imports the modules concerned, so it costs next to nothing in a process that
+never imports them and must not import anything heavy itself. Nothing here may raise: vLLM does not start when a
+plugin does.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import secrets
+from collections.abc import Callable
+from types import ModuleType
+
+#: Ties the boards of a server's workers to its API servers: set in the process that starts them, inherited by them.
+#: Not a setting, hence without the settings' prefix.
+SERVER_VARIABLE = "_MOE_MONITOR_SERVER"
+
+#: Module that vLLM imports -> our function (in this package) that patches it.
+SEAMS = {
+    "vllm.v1.worker.gpu_model_runner": ("runner_v1", "patch_gpu"),
+    "vllm.v1.worker.cpu_model_runner": ("runner_v1", "patch_cpu"),
+    "vllm.v1.worker.gpu.model_runner": ("runner_v2", "patch_runner"),
+    "vllm.v1.worker.gpu.cudagraph_utils": ("runner_v2", "patch_graphs"),
+    "vllm.v1.metrics.loggers": ("frontend", "patch_loggers"),
+    "vllm.entrypoints.serve.instrumentator.metrics": ("frontend", "patch_metrics"),
+}
+
+# Below vLLM's own logger, so that these lines look like vLLM's; it may not be configured yet.
+logger = logging.getLogger("vllm.moe_monitor")
+
+_armed = False
+
+
+def register() -> None:
+    """Entry point of the group ``vllm.general_plugins``. Never raises."""
+    global _armed
+    if _armed:
+        return
+    _armed = True
+    if os.environ.get("MOE_MONITOR_ENABLED", "").strip().lower() in ("0", "false", "no", "off"):
+        return  # vLLM stays untouched
+    try:
+        _arm()
+    except Exception as error:
+        logger.warning("moe-monitor could not start, serving goes on without it: %r", error)
+
+
+def _arm() -> None:
+    import wrapt
+
+    if multiprocessing.parent_process() is None or SERVER_VARIABLE not in os.environ:
+        os.environ[SERVER_VARIABLE] = f"{os.getpid()}-{secrets.token_hex(4)}"
+    for module, (file, function) in SEAMS.items():
+        wrapt.register_post_import_hook(_patcher(file, function), module)
+
+
+def _patcher(file: str, function: str) -> Callable[[ModuleType], None]:
+    def patch(module: ModuleType) -> None:
+        try:
+            from importlib import import_module
+
+            getattr(import_module(f"moe_monitor.capture.vllm.{file}"), function)(module)
+        except Exception as error:
+            logger.warning("moe-monitor could not patch %s, serving goes on without it: %r", module.__name__, error)
+
+    return patch

@@ -1,0 +1,48 @@
+"""Seam: model runner V1 (``vllm.v1.worker.gpu_model_runner`` and its CPU subclass).
+
+``load_model`` is where the model exists for the first time. ``execute_model`` brings the scheduler's decision and is
+never called for warm-up, profiling or graph capture (those call the model through ``_dummy_run``); inside it
+``_model_forward`` runs exactly the pass, within vLLM's forward context.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from moe_monitor.capture.vllm.runners import patch_load_model
+
+if TYPE_CHECKING:
+    from moe_monitor.capture.vllm.attach import Capture
+
+
+def patch_gpu(module: ModuleType) -> None:
+    """Hook for ``vllm.v1.worker.gpu_model_runner``."""
+    patch_load_model(module.GPUModelRunner, _patch_steps)
+
+
+def patch_cpu(module: ModuleType) -> None:
+    """Hook for ``vllm.v1.worker.cpu_model_runner``, whose class loads the model on its own."""
+    patch_load_model(module.CPUModelRunner, _patch_steps)
+
+
+def _patch_steps(runner: Any, capture: Capture) -> None:
+    execute_model, model_forward = runner.execute_model, runner._model_forward
+    scheduled = 0
+
+    @functools.wraps(execute_model)
+    def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal scheduled
+        scheduled = scheduler_output.total_num_scheduled_tokens
+        return execute_model(scheduler_output, *args, **kwargs)
+
+    @functools.wraps(model_forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        capture.begin_pass(scheduled)
+        result = model_forward(*args, **kwargs)
+        capture.end_pass(scheduled)
+        return result
+
+    runner.execute_model = execute
+    runner._model_forward = forward

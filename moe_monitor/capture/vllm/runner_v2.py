@@ -1,0 +1,89 @@
+"""Seam: model runner V2 (``vllm.v1.worker.gpu.model_runner``).
+
+Its ``execute_model`` also runs the dummy passes, marked as such. Full graphs are captured and replayed by its graph
+manager, outside vLLM's forward context, so the manager's own descriptor names them; piecewise graphs are named by the
+forward context as in V1.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from moe_monitor.capture.vllm.runners import SENTINEL, patch_load_model
+
+if TYPE_CHECKING:
+    from moe_monitor.capture.vllm.attach import Capture
+
+#: The monitored model of this process; the graph manager does not know its runner.
+_active: Capture | None = None
+
+
+def patch_runner(module: ModuleType) -> None:
+    """Hook for ``vllm.v1.worker.gpu.model_runner``."""
+    patch_load_model(module.GPUModelRunner, _patch_steps)
+
+
+def _patch_steps(runner: Any, capture: Capture) -> None:
+    global _active
+    _active = capture
+    execute_model = runner.execute_model
+
+    @functools.wraps(execute_model)
+    def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        # (scheduler_output, intermediate_tensors=None, dummy_run=False, ...)
+        tokens = scheduler_output.total_num_scheduled_tokens
+        if kwargs.get("dummy_run", len(args) > 1 and args[1]) or tokens == 0:
+            capture.begin_dummy()
+            return execute_model(scheduler_output, *args, **kwargs)
+        capture.begin_pass(tokens)
+        result = execute_model(scheduler_output, *args, **kwargs)
+        state = runner.execute_model_state
+        if state is not None:  # None: the runner found nothing to do
+            # Adaptive verification may drop draft tokens that were scheduled.
+            capture.end_pass(int(state.input_batch.num_tokens))
+        return result
+
+    runner.execute_model = execute
+
+
+def patch_graphs(module: ModuleType) -> None:
+    """Hook for ``vllm.v1.worker.gpu.cudagraph_utils``: name full graphs by the manager's descriptor."""
+    base, manager = module.CudaGraphManager, module.ModelCudaGraphManager
+    capture_all, replay, run_piecewise = base.capture, manager.run_fullgraph, base.run_pw_graph
+    if hasattr(replay, SENTINEL):
+        return
+
+    @functools.wraps(capture_all)
+    def capture(self: Any, create_forward_fn: Any, *args: Any, **kwargs: Any) -> Any:
+        if _active is None or not isinstance(self, manager):
+            return capture_all(self, create_forward_fn, *args, **kwargs)
+        watching = _active
+
+        def create(desc: Any, *fn_args: Any, **fn_kwargs: Any) -> Any:
+            watching.begin_dummy()
+            watching.capturing = ("FULL", desc)
+            return create_forward_fn(desc, *fn_args, **fn_kwargs)
+
+        try:
+            return capture_all(self, create, *args, **kwargs)
+        finally:
+            watching.capturing = None
+
+    @functools.wraps(replay)
+    def run_fullgraph(self: Any, desc: Any) -> Any:
+        if _active is not None:
+            _active.replayed = ("FULL", desc)
+        return replay(self, desc)
+
+    @functools.wraps(run_piecewise)
+    def run_pw_graph(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _active is not None and isinstance(self, manager):
+            _active.note_graph()
+        return run_piecewise(self, *args, **kwargs)
+
+    setattr(run_fullgraph, SENTINEL, replay)
+    base.capture = capture
+    manager.run_fullgraph = run_fullgraph
+    base.run_pw_graph = run_pw_graph

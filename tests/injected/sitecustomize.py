@@ -1,0 +1,57 @@
+"""Put on PYTHONPATH by tests: runs in every process of a server under test, before anything else.
+
+MOE_TEST_SCHEDULE=FILE  vLLM's scheduler writes there what it schedules, a JSON line a step: what was computed.
+MOE_TEST_FAULT=WHERE:FILE  the named function of moe-monitor raises for as long as FILE exists.
+"""
+
+import json
+import os
+
+import wrapt
+
+FAULTS = {
+    "attach": ("moe_monitor.capture.vllm.attach", "Capture._attach"),
+    "record": ("moe_monitor.capture.meter", "accumulate"),
+    "publish": ("moe_monitor.board", "BoardWriter.write"),
+    "collect": ("moe_monitor.export.collector", "read_engines"),
+}
+
+
+def _record_schedule(path):
+    def patch(module):
+        original = module.Scheduler.schedule
+
+        def schedule(self, *args, **kwargs):
+            output = original(self, *args, **kwargs)
+            starts = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
+            cached = output.scheduled_cached_reqs
+            starts.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+            step = [[request, starts[request], n] for request, n in output.num_scheduled_tokens.items()]
+            preempted = sorted(output.preempted_req_ids or ())
+            with open(path, "a") as file:
+                file.write(json.dumps({"step": step, "preempted": preempted}) + "\n")
+            return output
+
+        module.Scheduler.schedule = schedule
+
+    wrapt.register_post_import_hook(patch, "vllm.v1.core.sched.scheduler")
+
+
+def _raise_in(where, path):
+    module, name = FAULTS[where]
+
+    def patch(imported):
+        def wrapper(wrapped, instance, args, kwargs):
+            if os.path.exists(path):
+                raise RuntimeError(f"planted in {where}")
+            return wrapped(*args, **kwargs)
+
+        wrapt.wrap_function_wrapper(imported, name, wrapper)
+
+    wrapt.register_post_import_hook(patch, module)
+
+
+if os.environ.get("MOE_TEST_SCHEDULE"):
+    _record_schedule(os.environ["MOE_TEST_SCHEDULE"])
+for _fault in filter(None, os.environ.get("MOE_TEST_FAULT", "").split(",")):
+    _raise_in(*_fault.split(":", 1))

@@ -1,0 +1,195 @@
+"""The CUDA meter's bookkeeping, with Triton's interpreter in place of a GPU.
+
+A graph replay writes new values into the memory that capture saw; here the test does. On a machine with a GPU
+``benchmarks/gpu_exact.py`` shows the same with real graphs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from moe_monitor.capture import kernels  # noqa: E402 - needs torch
+from moe_monitor.capture.cuda import CudaMeter, Span  # noqa: E402
+from moe_monitor.capture.meter import accumulate  # noqa: E402
+from moe_monitor.layout import RowLayout  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LAYERS, EXPERTS, TOP_K = 3, 16, 4
+LAYOUT = RowLayout(EXPERTS)
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs this in Triton's interpreter")
+
+
+@pytest.mark.skipif(INTERPRETED or kernels.triton is None, reason="runs the other tests of this file")
+def test_in_the_interpreter() -> None:
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-q", "-W", "ignore", "-p", "no:cacheprovider"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+class Device:
+    """Stands for the model: what its routers decide, in passes with and without graphs."""
+
+    def __init__(self, **options) -> None:
+        self.capturing = False
+        options = {"memory_limit": 64 << 20} | options
+        self.meter = CudaMeter(range(LAYERS), EXPERTS, TOP_K, "softmax", is_capturing=lambda: self.capturing, **options)
+        self.expected = torch.zeros((LAYERS, LAYOUT.width), dtype=torch.int64)
+        self.memory = {}
+        torch.manual_seed(0)
+
+    def decide(self, rows):
+        logits = torch.randn(LAYERS, rows, EXPERTS)
+        return logits, logits.topk(TOP_K).indices.to(torch.int32)
+
+    @torch.inference_mode()
+    def warm_up(self, rows, overwrite=False):
+        self.meter.begin_dummy()
+        logits, ids = self.decide(rows)
+        for layer in range(LAYERS):
+            self.meter.observe(layer, logits[layer], ids[layer], None, Span())
+            if overwrite:
+                logits[layer] += 1
+
+    @torch.inference_mode()
+    def capture(self, key, rows, span=Span()):  # noqa: B008 - frozen
+        self.meter.begin_dummy()
+        self.capturing = True
+        self.memory[key] = self.decide(rows)
+        for layer in range(LAYERS):
+            self.meter.observe(layer, self.memory[key][0][layer], self.memory[key][1][layer], key, span)
+        self.capturing = False
+
+    def count(self, logits, ids, start, n):
+        if n:
+            part = slice(start, start + n)
+            self.expected += accumulate(logits[:, part], ids[:, part], "softmax", LAYOUT)
+
+    @torch.inference_mode()
+    def replay(self, key, tokens, start=0):
+        logits, ids = self.memory[key]
+        fresh = self.decide(logits.shape[1])
+        self.meter.begin_pass(tokens)
+        logits.copy_(fresh[0])
+        ids.copy_(fresh[1])
+        self.count(logits, ids, start, tokens)
+        return self.meter.end_pass(key, tokens)
+
+    @torch.inference_mode()
+    def eager(self, tokens, rows=None, layers=range(LAYERS)):
+        logits, ids = self.decide(rows or tokens)
+        self.meter.begin_pass(tokens)
+        for layer in layers:
+            self.meter.observe(layer, logits[layer], ids[layer], None, Span())
+        self.count(logits, ids, 0, tokens)
+        return self.meter.end_pass(None, tokens)
+
+    def check(self):
+        difference = torch.from_numpy(self.meter.read_rows()) - self.expected
+        # exp and log differ in their last bit between torch and the kernel: a unit of the fixed point per token
+        for name in ("entropy_sum", "top1_sum", "mass_sum"):
+            at = LAYOUT.at(name)
+            assert (difference[:, at].abs() <= 2 * self.expected[:, LAYOUT.at("tokens")]).all()
+            difference[:, at] = 0
+        assert not difference.any()
+
+
+@interpreted
+def test_replays_and_passes_without_a_graph_add_up() -> None:
+    device = Device()
+    device.warm_up(32)
+    device.meter.before_capture(rows=24)
+    for key, rows in (("a", 16), ("b", 8)):
+        device.warm_up(rows)
+        device.capture(key, rows)
+    device.check()
+    assert device.replay("a", 13) and device.replay("b", 8) and device.eager(20, rows=24) and device.replay("a", 1)
+    assert device.meter.capture == "retain" and device.meter.passes == 4
+    device.check()
+
+
+@interpreted
+def test_a_graph_captured_anew_replaces_the_old_one() -> None:
+    device = Device()
+    device.warm_up(8)
+    device.capture("a", 8)
+    device.meter.before_capture(rows=8)
+    device.capture("a", 8)
+    device.capture("a", 8)
+    assert device.replay("a", 5)
+    device.check()
+
+
+@interpreted
+def test_tokens_of_other_ranks_are_not_counted() -> None:
+    device = Device()
+    device.warm_up(8)
+    device.capture("a", 16, Span(start=8, rows=8))
+    assert device.replay("a", 5, start=8)
+    device.check()
+    assert Span(rows=4, skip=4).valid(3) == 0 and Span(rows=4, skip=4).valid(6) == 2 and Span(rows=4).valid(9) == 4
+
+
+@interpreted
+def test_a_missing_layer_is_noticed() -> None:
+    device = Device()
+    device.warm_up(8)
+    assert not device.eager(4, layers=[0, 2])
+    assert not device.meter.end_pass("never captured", 4)
+
+
+@interpreted
+def test_a_pass_larger_than_the_limit_is_worked_off_in_parts() -> None:
+    device = Device(pending_limit=1)
+    device.warm_up(8)
+    assert device.eager(20)
+    device.check()
+
+
+@interpreted
+@pytest.mark.parametrize("why", ["reuse", "memory", "forced"])
+def test_where_retaining_is_not_possible_the_kernel_goes_into_the_graph(why) -> None:
+    device = Device(memory_limit=1000 if why == "memory" else 64 << 20, forced="ingraph" if why == "forced" else "auto")
+    device.warm_up(8, overwrite=why == "reuse")
+    device.meter.before_capture(rows=16)
+    assert device.meter.capture == "ingraph" and device.meter.fallback
+    # the launch under capture reads the number of valid tokens on the device, where it is 0 now
+    device.capture("a", 8)
+    assert not device.meter.read_rows().any()
+    device.meter.begin_pass(5)
+    assert device.meter._valid_device.item() == 5
+    logits, ids = device.memory["a"]
+    for layer in range(LAYERS):  # what the replayed graph does
+        device.meter._launcher.launch(
+            device.meter._table[layer : layer + 1],
+            8,
+            row_of=device.meter._row_of[layer : layer + 1],
+            n_valid_device=device.meter._valid_device,
+        )
+    assert device.meter.end_pass("a", 5)
+    device.count(logits, ids, 0, 5)
+    assert device.eager(3)
+    device.check()
+
+
+@interpreted
+def test_retaining_by_force_fails_where_it_is_unsafe() -> None:
+    device = Device(forced="retain")
+    device.warm_up(8, overwrite=True)
+    with pytest.raises(RuntimeError, match="reuses the memory"):
+        device.meter.before_capture(rows=16)

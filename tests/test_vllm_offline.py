@@ -1,0 +1,87 @@
+"""Offline ``LLM(...)``: compiled and eager, the compile cache shared by runs with and without the monitor, faults."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+from oracle import Oracle
+from serving import environment
+
+pytestmark = pytest.mark.vllm
+
+
+def run(model: Path, mode: str, run_dir: Path, *plant: Path, **env: str) -> dict[str, Any]:
+    script = Path(__file__).parent / "offline.py"
+    command = [sys.executable, str(script), str(model), mode, *map(str, plant)]
+    done = subprocess.run(command, env=environment(run_dir, **env), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result["log"] = done.stdout + done.stderr
+    return result
+
+
+def check_exact(result: dict[str, Any], oracle: Oracle) -> None:
+    """Both rounds: all but the last token of each sequence; in the second, whole cached blocks of 128 are skipped."""
+    counts = np.zeros((oracle.layers, oracle.experts), dtype=np.int64)
+    for number, outputs in enumerate(result["rounds"]):
+        for prompt, output in zip(result["prompts"], outputs, strict=True):
+            ids = oracle.routing(prompt + output).ids[:-1]
+            cached = (len(prompt) - 1) // 128 * 128 if number else 0
+            counts += oracle.counts(ids[cached:])
+    (engine,) = result["engines"]
+    # A tie may move one token from one expert to another: two counts. The seeds are such that there are next to none.
+    assert oracle.ties <= 2
+    assert np.abs(np.array(engine["counts"]) - counts).sum() <= 2 * len(result["rounds"]) * oracle.ties
+    assert engine["status"]["active"] and not engine["status"]["errors"]
+
+
+def test_compiled_and_eager_agree_over_a_shared_compile_cache(tiny_model: Path, tmp_path: Path) -> None:
+    """On, off, on over one cache folder, then a fresh one: the same tokens, and every run with the monitor exact."""
+    oracle = Oracle(tiny_model)
+    results = {}
+    for name, enabled, cache in (("on", "1", "a"), ("off", "0", "a"), ("again", "1", "a"), ("fresh", "1", "b")):
+        env = {"MOE_MONITOR_ENABLED": enabled, "VLLM_CACHE_ROOT": str(tmp_path / cache)}
+        results[name] = run(tiny_model, "compiled", tmp_path / f"run-{name}", **env)
+    results["eager"] = run(tiny_model, "eager", tmp_path / "run-eager")
+    assert len({json.dumps(r["rounds"]) for r in results.values()}) == 1
+    for name in ("on", "again", "fresh", "eager"):
+        check_exact(results[name], oracle)
+    assert results["off"]["engines"] == []
+    assert results["off"]["modules"] == [
+        "moe_monitor.capture",
+        "moe_monitor.capture.vllm",
+        "moe_monitor.capture.vllm.plugin",
+    ]
+    assert "compiling" in results["fresh"]["log"].lower() or "compile" in results["fresh"]["log"].lower()
+
+
+@pytest.mark.parametrize("where", ["attach", "publish"])
+def test_a_failing_hook_switches_only_the_monitor_off(tiny_model: Path, tmp_path: Path, where: str) -> None:
+    plant = tmp_path / where
+    if where == "attach":
+        plant.touch()
+    result = run(tiny_model, "eager", tmp_path / "run", plant, MOE_TEST_FAULT=f"{where}:{plant}")
+    assert result["rounds"][0] == result["rounds"][1]
+    assert result["log"].count("moe-monitor switched itself off") == 1
+    assert f"planted in {where}" in result["log"]
+    if where == "attach":
+        (engine,) = result["engines"]
+        assert not engine["status"]["active"]
+        assert engine["status"]["errors"] == {"attach": 1}
+    else:
+        assert result["engines"] == []  # a board that cannot be written is taken away: no stale numbers
+
+
+def test_a_dense_model_is_left_alone(tmp_path: Path) -> None:
+    result = run(models.dense(tmp_path / "dense"), "eager", tmp_path / "run")
+    assert result["log"].count("moe-monitor is inactive: the model has no mixture-of-experts layers") == 1
+    (engine,) = result["engines"]
+    assert not engine["status"]["active"] and not engine["status"]["errors"]
+    assert engine["identity"]["layers"] == []

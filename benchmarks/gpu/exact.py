@@ -1,0 +1,127 @@
+"""Exactness on a real GPU: the monitor's rows against the in-graph shadow, over mixed traffic.
+
+exact.py [--family olmoe] [--tokens N] [--replay] [--prefill]   environment: VLLM_USE_V2_MODEL_RUNNER, MOE_MONITOR_CAPTURE
+Prints one JSON line. ``--replay``: also GPU time of graph replays with and without the monitor's kernel, same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("MOE_MONITOR_DIR", "/tmp/moe-monitor-bench")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import models
+import shadow
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--family", default="olmoe")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--replay", action="store_true")
+    parser.add_argument("--prefill", action="store_true")
+    parser.add_argument("--no-shadow", action="store_true")
+    parser.add_argument("--option", action="append", default=[], help="name=json value for LLM(...)")
+    return parser.parse_args()
+
+
+def routers_that_choose(model) -> None:
+    """Dummy weights give logits that are all ties; give norms unit weight and gates logits of about unit variance."""
+    import torch
+
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "norm" in name and parameter.ndim == 1:
+            parameter.data.fill_(1)
+        elif name.endswith(("gate.weight", "router.weight")):
+            parameter.data.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
+        elif name.endswith("embed_tokens.weight"):
+            parameter.data.normal_(0, 1)
+
+
+def main() -> None:
+    args = parse()
+    start = time.time()
+    if not args.no_shadow:
+        shadow.install("sigmoid" if args.family == "deepseek" else "softmax")
+    from vllm import LLM, SamplingParams
+
+    from moe_monitor.capture.vllm import runners
+
+    attached = []
+    patch_dummies = runners.patch_dummies
+    runners.patch_dummies = lambda runner, capture: attached.append(runner) or patch_dummies(runner, capture)
+    folder = models.write(Path("/tmp/bench-models") / args.family, args.family)
+    options = {"max_num_batched_tokens": 2048, "max_model_len": 4096, "max_num_seqs": 256}
+    options |= {"gpu_memory_utilization": 0.5, "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}
+    for option in args.option:
+        name, value = option.split("=", 1)
+        options[name] = json.loads(value)
+    llm = LLM(str(folder), load_format="dummy", **options)
+    ready = time.time() - start
+    (runner,) = attached
+    capture = runner._moe_monitor
+    routers_that_choose(runner.model)
+
+    vocabulary = models.FAMILIES[args.family]["vocab_size"] - 100
+    draw = random.Random(11)
+    for _ in range(args.rounds):
+        shared = [draw.randrange(vocabulary) for _ in range(200)]
+        prompts = []
+        for i in range(args.requests):
+            tail = [draw.randrange(vocabulary) for _ in range(draw.choice([1, 7, 40, 300, 1100, 2500]))]
+            prompts.append({"prompt_token_ids": (shared + tail) if i % 3 == 0 else tail})
+        parameters = [
+            SamplingParams(max_tokens=draw.choice([1, 16, 90]), temperature=0, ignore_eos=True) for _ in prompts
+        ]
+        llm.generate(prompts, parameters, use_tqdm=False)
+    import torch
+
+    torch.cuda.synchronize()
+    reading = capture.read()
+    result = {
+        "family": args.family,
+        "runner": type(runner).__module__.rsplit(".", 2)[-2],
+        "capture": capture.fuse.status.capture,
+        "active": capture.fuse.status.active,
+        "reason": capture.fuse.status.reason,
+        "errors": capture.fuse.status.errors,
+        "ready_s": round(ready, 1),
+        "passes": reading.passes,
+        "host_us_per_pass": round(1e6 * capture.fuse.status.hook_seconds / max(1, reading.passes), 1),
+    }
+    if capture.meter is not None:
+        layout = capture.meter.layout
+        result["tokens"] = int(layout.column(reading.rows, "tokens").max())
+        result["retained_mib"] = round(getattr(capture.meter, "retained_bytes", 0) / 2**20, 1)
+        entropy = layout.column(reading.rows, "entropy_sum").sum() / 2**20 / layout.column(reading.rows, "tokens").sum()
+        result["entropy"] = round(float(entropy), 4)
+        if not args.no_shadow:
+            result["shadow_tokens"] = shadow.TOKENS
+            result["largest_difference"] = {k: v for k, v in shadow.compare(reading.rows, layout).items() if v}
+    runner.shadow_off = True
+    print("RESULT " + json.dumps(result), flush=True)
+    if args.replay:
+        import timing
+
+        for line in timing.replays(runner, capture):
+            print("REPLAY " + json.dumps(line), flush=True)
+    if args.prefill:
+        import timing
+
+        print("PREFILL " + json.dumps(timing.prefill(llm, runner, capture, vocabulary)), flush=True)
+    capture.close()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""An oracle inside the engine: what every router decided, copied in the graph, counted in plain torch.
+
+Class-level patches below the monitor's seam. Each router's logits and ids are copied to buffers by kernels that are
+captured into the CUDA graphs like the rest of the model; after each step of the model runner the real rows are counted
+by the torch reference. Slow, and independent of the monitor's retention, tables, valid-token handling and Triton kernel.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+ROWS: dict[int, torch.Tensor] = {}
+_buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+_order: list[int] = []
+_maximum = int(os.environ.get("SHADOW_ROWS", "16384"))
+_scoring = "softmax"
+TOKENS = 0
+
+
+def _copy(router: object, logits: torch.Tensor, ids: torch.Tensor) -> None:
+    key = id(router)
+    if key not in _buffers:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("first seen under capture")
+        _buffers[key] = (
+            torch.zeros((_maximum, logits.shape[1]), dtype=logits.dtype, device=logits.device),
+            torch.full((_maximum, ids.shape[1]), -1, dtype=torch.int64, device=ids.device),
+        )
+        _order.append(key)
+    n = logits.shape[0]
+    _buffers[key][0][:n].copy_(logits)
+    _buffers[key][1][:n].copy_(ids)
+
+
+def _after_step(start: int, n: int) -> None:
+    global TOKENS
+    from moe_monitor.capture.meter import accumulate
+    from moe_monitor.layout import RowLayout
+
+    TOKENS += n
+    for position, key in enumerate(_order):
+        logits, ids = _buffers[key]
+        part = slice(start, start + n)
+        rows = accumulate(logits[None, part], ids[None, part], _scoring, RowLayout(logits.shape[1]))[0]
+        ROWS[position] = ROWS[position] + rows if position in ROWS else rows
+
+
+def install(scoring: str = "softmax", row_start=lambda n: 0) -> None:
+    """Patch vLLM's routers and model runners; before the model is loaded."""
+    global _scoring
+    _scoring = scoring
+    from vllm.model_executor.layers.fused_moe.router import (
+        base_router,
+        custom_routing_router,
+        fused_topk_bias_router,
+        fused_topk_router,
+        grouped_topk_router,
+        routing_simulator_router,
+    )
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as V1
+
+    def patch_router(cls):
+        original = cls._compute_routing
+
+        def compute(self, hidden_states, router_logits, *args, **kwargs):
+            weights, ids = original(self, hidden_states, router_logits, *args, **kwargs)
+            _copy(self, router_logits, ids)
+            return weights, ids
+
+        cls._compute_routing = compute
+
+    modules = (custom_routing_router, fused_topk_bias_router, fused_topk_router, grouped_topk_router)
+    for module in (*modules, routing_simulator_router):
+        for value in vars(module).values():
+            if (
+                isinstance(value, type)
+                and issubclass(value, base_router.BaseRouter)
+                and "_compute_routing" in vars(value)
+            ):
+                patch_router(value)
+
+    def patch_runner(cls):
+        original = cls.execute_model
+
+        def execute(self, scheduler_output, *args, **kwargs):
+            real = not (kwargs.get("dummy_run", False) or (cls is V2 and len(args) > 1 and args[1]))
+            result = original(self, scheduler_output, *args, **kwargs)
+            n = scheduler_output.total_num_scheduled_tokens
+            if real and n and not getattr(self, "shadow_off", False):
+                _after_step(row_start(n), n)
+            return result
+
+        cls.execute_model = execute
+
+    patch_runner(V1)
+    patch_runner(V2)
+
+
+def compare(rows: torch.Tensor, layout) -> dict[str, int]:
+    """Largest difference by column group between the monitor's rows and the shadow's."""
+    mine = torch.stack([ROWS[i] for i in range(len(ROWS))]).cpu()
+    difference = (torch.as_tensor(rows) - mine).abs()
+    return {name: int(difference[:, span].max()) for name, span in layout.offsets.items()}

@@ -1,0 +1,190 @@
+"""Stand-alone HTTP exporter: the whole matrices of every server on a machine, from a process of its own.
+
+Runs where vLLM does not have to be installed, and goes on answering while a vLLM server hangs. One per node, as with
+dcgm-exporter. ``/metrics`` in Prometheus text or OpenMetrics, ``/-/healthy``, and a small page at ``/``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gzip
+import html
+import logging
+import socket
+import threading
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
+from typing import Any
+
+from moe_monitor import __version__
+from moe_monitor.export.collector import MoeCollector
+from moe_monitor.export.exposition import OPENMETRICS, TEXT
+
+logger = logging.getLogger(__name__)
+
+#: Below this many bytes compression saves less than it costs.
+_GZIP_FROM = 1024
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>moe-monitor exporter</title>
+<style>body{{font:16px/1.5 sans-serif;max-width:44em;margin:3em auto}}</style></head>
+<body><h1>moe-monitor exporter</h1>
+<p>Version {version}. <a href="metrics">Metrics</a> · <a href="-/healthy">Health</a></p>
+<p>Boards are read from <code>{directory}</code>.</p>
+<h2>Monitored engines</h2>
+{engines}
+</body></html>
+"""
+
+
+class ExporterError(Exception):
+    """The exporter cannot listen; the message says why and what to do."""
+
+
+def preferences(header: str) -> dict[str, float]:
+    """An Accept or Accept-Encoding header as value -> q; parameters other than q are dropped, bad q counts 0."""
+    result: dict[str, float] = {}
+    for part in header.lower().split(","):
+        value, *parameters = (piece.strip() for piece in part.split(";"))
+        q = 1.0
+        for parameter in parameters:
+            if parameter.startswith("q="):
+                try:
+                    q = float(parameter[2:])
+                except ValueError:
+                    q = 0.0
+        if value:
+            result[value] = max(q, result.get(value, 0.0))
+    return result
+
+
+def wants_openmetrics(accept: str) -> bool:
+    """Whether the client prefers OpenMetrics to the Prometheus text format, as Prometheus itself does."""
+    wanted = preferences(accept)
+    openmetrics = wanted.get("application/openmetrics-text", 0.0)
+    return openmetrics > 0 and openmetrics >= wanted.get("text/plain", 0.0)
+
+
+def accepts_gzip(accept_encoding: str) -> bool:
+    wanted = preferences(accept_encoding)
+    return wanted.get("gzip", wanted.get("*", 0.0)) > 0
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Exporter
+    protocol_version = "HTTP/1.1"
+    server_version = f"moe-monitor/{__version__}"
+    sys_version = ""
+    #: Seconds until a connection without a request is closed, so that idle clients do not hold threads for ever.
+    timeout = 30
+
+    def do_GET(self) -> None:
+        path = self.path.split("?", 1)[0]
+        if path == "/metrics":
+            openmetrics = wants_openmetrics(",".join(self.headers.get_all("Accept", [])))
+            body = self.server.collector.render(openmetrics=openmetrics)
+            self._reply(body, OPENMETRICS if openmetrics else TEXT, compressible=True)
+        elif path == "/-/healthy":
+            self._reply(b"ok\n", "text/plain; charset=utf-8")
+        elif path == "/":
+            self._reply(self.server.page().encode(), "text/html; charset=utf-8")
+        else:
+            self._reply(b"not found; metrics are at /metrics\n", "text/plain; charset=utf-8", HTTPStatus.NOT_FOUND)
+
+    do_HEAD = do_GET  # noqa: N815  (http.server looks methods up by this name)
+
+    def _reply(
+        self, body: bytes, content_type: str, status: HTTPStatus = HTTPStatus.OK, *, compressible: bool = False
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        if compressible:
+            self.send_header("Vary", "Accept, Accept-Encoding")
+            encodings = ",".join(self.headers.get_all("Accept-Encoding", []))
+            if len(body) >= _GZIP_FROM and accepts_gzip(encodings):
+                body = gzip.compress(body, compresslevel=1)
+                self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (the base class's name for it)
+        logger.debug("%s %s", self.address_string(), format % args)
+
+
+class Exporter(ThreadingHTTPServer):
+    """The HTTP server. ``port`` 0 takes any free one; :attr:`url` tells which. Raises ExporterError."""
+
+    daemon_threads = True
+    #: Scrapes that arrive together wait their turn instead of being refused.
+    request_queue_size = 64
+
+    def __init__(self, collector: MoeCollector, host: str, port: int) -> None:
+        self.collector = collector
+        self._thread: threading.Thread | None = None
+        if not 0 <= port <= 65535:
+            raise ExporterError(f"{port} is not a port; a port is a number from 0 to 65535")
+        try:
+            found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            self.address_family, *_, address = found[0]
+            super().__init__(address[:2], _Handler)  # type: ignore[arg-type]  # getaddrinfo's union of address kinds
+        except (OSError, UnicodeError) as error:
+            raise ExporterError(_refusal(error, host, port)) from error
+
+    def server_bind(self) -> None:
+        # Not HTTPServer's, which asks DNS for the host's name and may wait for that.
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
+        return f"http://{host}:{self.server_port}"
+
+    def page(self) -> str:
+        engines = self.collector.read()
+        rows = "".join(
+            f"<li>{html.escape(e.model_name)}, engine {html.escape(e.engine)}: "
+            f"{'active' if e.status.active else 'not active: ' + html.escape(e.status.reason)}</li>"
+            for e in engines
+        )
+        listed = f"<ul>{rows}</ul>" if rows else "<p>None is running.</p>"
+        directory = html.escape(str(self.collector.directory))
+        return _PAGE.format(version=__version__, directory=directory, engines=listed)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002  (not our signature)
+        # A client that went away is not worth a traceback. socketserver calls this inside its except block.
+        logger.debug("request from %s failed", client_address, exc_info=True)  # noqa: LOG014
+
+    def start(self) -> None:
+        """Serve from a thread, and keep the trailing windows fed."""
+        self.collector.start()
+        serve = self.serve_forever
+        self._thread = threading.Thread(target=serve, args=(0.1,), name="moe-monitor-exporter", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop serving and free the port. Safe to call twice."""
+        if self._thread is not None:
+            self.shutdown()
+            self._thread.join(timeout=5)
+            self._thread = None
+        self.collector.stop()
+        with contextlib.suppress(OSError):
+            self.server_close()
+
+
+def _refusal(error: OSError | UnicodeError, host: str, port: int) -> str:
+    elsewhere = "that is not an address of this machine; use 127.0.0.1, or 0.0.0.0 for all addresses"
+    if isinstance(error, socket.gaierror | UnicodeError):
+        return f"cannot listen on {host!r}: {elsewhere}"
+    known = {
+        errno.EADDRINUSE: "another program listens there; stop it or choose another --port",
+        errno.EADDRNOTAVAIL: elsewhere,
+        errno.EACCES: "ports below 1024 need special rights; choose a higher --port",
+    }
+    why = known.get(error.errno or 0, error.strerror or str(error))
+    return f"cannot listen on {host or '*'}:{port}: {why}"

@@ -228,7 +228,7 @@ B16, F16, F32, I32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.in
         (512, 16, F32, I64, "softmax", 15),
     ],
 )
-def test_rows_are_the_references(experts, k, dtype, ids_dtype, scoring, n, make):  # noqa: PLR0917 - pytest passes names
+def test_rows_are_the_references(experts, k, dtype, ids_dtype, scoring, n, make):
     bench = Bench(experts, k, dtype, ids_dtype, scoring=scoring)
     logits, ids = bench.decisions(n + 5, make=make, seed=experts + n, spoil=make is adversarial)
     bench.launch(logits, ids, n, start=3)

@@ -1,7 +1,8 @@
 """Exactness on a real GPU: the monitor's rows against the in-graph shadow, over mixed traffic.
 
-exact.py [--family olmoe] [--tokens N] [--replay] [--prefill]   environment: VLLM_USE_V2_MODEL_RUNNER, MOE_MONITOR_CAPTURE
-Prints one JSON line. ``--replay``: also GPU time of graph replays with and without the monitor's kernel, same process.
+exact.py [--family olmoe] [--rounds N] [--replay] [--prefill] [--off]
+Environment: VLLM_USE_V2_MODEL_RUNNER, MOE_MONITOR_CAPTURE. Prints one JSON line. ``--replay``: also GPU time of graph
+replays with and without the monitor's kernel, in the same process.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ os.environ.setdefault("MOE_MONITOR_DIR", "/tmp/moe-monitor-bench")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import models
+import numpy as np
 import shadow
 
 
@@ -30,6 +32,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--replay", action="store_true")
     parser.add_argument("--prefill", action="store_true")
     parser.add_argument("--no-shadow", action="store_true")
+    parser.add_argument("--long", action="store_true", help="long prompts only: many tokens in little time")
+    parser.add_argument("--off", action="store_true", help="without the monitor: plain replay times")
     parser.add_argument("--option", action="append", default=[], help="name=json value for LLM(...)")
     return parser.parse_args()
 
@@ -68,25 +72,43 @@ def main() -> None:
         options[name] = json.loads(value)
     llm = LLM(str(folder), load_format="dummy", **options)
     ready = time.time() - start
-    (runner,) = attached
-    capture = runner._moe_monitor
+    if args.off:
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    else:
+        (runner,) = attached
+    capture = getattr(runner, "_moe_monitor", None)
     routers_that_choose(runner.model)
 
     vocabulary = models.FAMILIES[args.family]["vocab_size"] - 100
     draw = random.Random(11)
+    config = models.FAMILIES[args.family]
+    experts = next(config[k] for k in ("num_experts", "n_routed_experts", "num_local_experts") if k in config)
+    routed = np.zeros((config["num_hidden_layers"], experts), dtype=np.int64)
     for _ in range(args.rounds):
         shared = [draw.randrange(vocabulary) for _ in range(200)]
         prompts = []
         for i in range(args.requests):
-            tail = [draw.randrange(vocabulary) for _ in range(draw.choice([1, 7, 40, 300, 1100, 2500]))]
+            lengths = [2500, 3700] if args.long else [1, 7, 40, 300, 1100, 2500]
+            tail = [draw.randrange(vocabulary) for _ in range(draw.choice(lengths))]
             prompts.append({"prompt_token_ids": (shared + tail) if i % 3 == 0 else tail})
         parameters = [
             SamplingParams(max_tokens=draw.choice([1, 16, 90]), temperature=0, ignore_eos=True) for _ in prompts
         ]
-        llm.generate(prompts, parameters, use_tqdm=False)
+        for output in llm.generate(prompts, parameters, use_tqdm=False):
+            ids = output.outputs[0].routed_experts
+            if ids is not None:  # vLLM's own capture, of all positions: those from the prefix cache were not computed
+                own = ids[output.num_cached_tokens or 0 :]
+                for layer in range(own.shape[1]):
+                    routed[layer] += np.bincount(own[:, layer].ravel(), minlength=routed.shape[1])
     import torch
 
     torch.cuda.synchronize()
+    if args.off:
+        import timing
+
+        for line in timing.replays(runner, None):
+            print("REPLAY " + json.dumps(line), flush=True)
+        os._exit(0)
     reading = capture.read()
     result = {
         "family": args.family,
@@ -108,6 +130,8 @@ def main() -> None:
         if not args.no_shadow:
             result["shadow_tokens"] = shadow.TOKENS
             result["largest_difference"] = {k: v for k, v in shadow.compare(reading.rows, layout).items() if v}
+    if routed.any():
+        result["vllm_capture_difference"] = int(np.abs(routed - layout.column(reading.rows, "experts")).max())
     runner.shadow_off = True
     print("RESULT " + json.dumps(result), flush=True)
     if args.replay:

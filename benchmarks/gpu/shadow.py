@@ -2,7 +2,7 @@
 
 Class-level patches below the monitor's seam. Each router's logits and ids are copied to buffers by kernels that are
 captured into the CUDA graphs like the rest of the model; after each step of the model runner the real rows are counted
-by the torch reference. Slow, and independent of the monitor's retention, tables, valid-token handling and Triton kernel.
+by the torch reference. Slow, but it shares neither retention nor tables, valid-token handling or Triton kernel.
 """
 
 from __future__ import annotations
@@ -47,8 +47,17 @@ def _after_step(start: int, n: int) -> None:
         ROWS[position] = ROWS[position] + rows if position in ROWS else rows
 
 
-def install(scoring: str = "softmax", row_start=lambda n: 0) -> None:
+def install(scoring: str = "softmax") -> None:
     """Patch vLLM's routers and model runners; before the model is loaded."""
+    from vllm.v1.worker.gpu import model_runner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    patch_routers(scoring)
+    patch_runner(GPUModelRunner, positional_dummy=False)
+    patch_runner(model_runner.GPUModelRunner, positional_dummy=True)
+
+
+def patch_routers(scoring: str = "softmax") -> None:
     global _scoring
     _scoring = scoring
     from vllm.model_executor.layers.fused_moe.router import (
@@ -59,8 +68,6 @@ def install(scoring: str = "softmax", row_start=lambda n: 0) -> None:
         grouped_topk_router,
         routing_simulator_router,
     )
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as V1
 
     def patch_router(cls):
         original = cls._compute_routing
@@ -74,29 +81,26 @@ def install(scoring: str = "softmax", row_start=lambda n: 0) -> None:
 
     modules = (custom_routing_router, fused_topk_bias_router, fused_topk_router, grouped_topk_router)
     for module in (*modules, routing_simulator_router):
-        for value in vars(module).values():
-            if (
-                isinstance(value, type)
-                and issubclass(value, base_router.BaseRouter)
-                and "_compute_routing" in vars(value)
-            ):
+        for value in list(vars(module).values()):
+            router = isinstance(value, type) and issubclass(value, base_router.BaseRouter)
+            if router and value.__module__ == module.__name__ and "_compute_routing" in vars(value):
                 patch_router(value)
 
-    def patch_runner(cls):
-        original = cls.execute_model
 
-        def execute(self, scheduler_output, *args, **kwargs):
-            real = not (kwargs.get("dummy_run", False) or (cls is V2 and len(args) > 1 and args[1]))
-            result = original(self, scheduler_output, *args, **kwargs)
-            n = scheduler_output.total_num_scheduled_tokens
-            if real and n and not getattr(self, "shadow_off", False):
-                _after_step(row_start(n), n)
-            return result
+def patch_runner(cls, positional_dummy: bool, after=lambda: None) -> None:
+    """``positional_dummy``: execute_model's third argument says that the pass is a dummy (V2)."""
+    original = cls.execute_model
 
-        cls.execute_model = execute
+    def execute(self, scheduler_output, *args, **kwargs):
+        real = not (kwargs.get("dummy_run", False) or (positional_dummy and len(args) > 1 and args[1]))
+        result = original(self, scheduler_output, *args, **kwargs)
+        n = scheduler_output.total_num_scheduled_tokens
+        if real and n and not getattr(self, "shadow_off", False):
+            _after_step(0, n)
+            after()
+        return result
 
-    patch_runner(V1)
-    patch_runner(V2)
+    cls.execute_model = execute
 
 
 def compare(rows: torch.Tensor, layout) -> dict[str, int]:

@@ -30,10 +30,23 @@ def _graphs(runner):
         yield descriptor.num_tokens, ("FULL", descriptor), entry.cudagraph.replay
 
 
-def replays(runner, capture, rounds: int = 15):
-    """One line per batch size: milliseconds per step without and with, and the median of paired ratios."""
-    meter = capture.meter
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def replays(runner, capture, rounds: int = 11, repeat: int = 25):
+    """One line per batch size: milliseconds per step without and with, and the median of paired ratios.
+
+    Without a ``capture`` only the plain times.
+    """
+    meter = capture.meter if capture is not None else None
     for tokens, key, replay in sorted(_graphs(runner), key=lambda g: g[0]):
+        if tokens not in SIZES:
+            continue
+        if capture is None:
+            _gpu_ms(replay, repeat)
+            plain = statistics.median(_gpu_ms(replay, repeat) for _ in range(rounds))
+            yield {"batch": tokens, "plain_ms": round(plain, 4)}
+            continue
 
         def with_monitor(key=key, tokens=tokens, replay=replay):
             capture.begin_pass(tokens)
@@ -41,7 +54,6 @@ def replays(runner, capture, rounds: int = 15):
             capture.replayed = key
             capture.end_pass(tokens)
 
-        repeat = 40
         for work in (replay, with_monitor):
             _gpu_ms(work, repeat)
         plain, monitored, ratios = [], [], []

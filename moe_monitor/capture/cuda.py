@@ -102,7 +102,6 @@ class CudaMeter:
         self._graphs: dict[Hashable, Retained] = {}
         self._suspects: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self._is_capturing = is_capturing
-        self.retained_bytes = 0
 
     # set-up: on the first router of the first (warm-up) pass, outside vLLM's weight memory pool
 
@@ -112,6 +111,7 @@ class CudaMeter:
     def _set_up(self, logits: Tensor, ids: Tensor) -> Launcher:
         device, layers = logits.device, len(self.layers)
         self._device = device
+        self._logit_bytes, self._id_bytes = logits.element_size(), ids.element_size()
         self._rows = torch.zeros((layers, self.layout.width), dtype=torch.int64, device=device)
         self._row_of = torch.arange(layers, dtype=torch.int32, device=device)
         self._launcher = launcher = Launcher(
@@ -209,6 +209,11 @@ class CudaMeter:
             n_valid_device=self._valid_device,
         )
 
+    @property
+    def retained_bytes(self) -> int:
+        """Device memory that is held because graphs write routing decisions to it."""
+        return sum(t.nbytes for graph in self._graphs.values() for pair in graph.tensors.values() for t in pair)
+
     # before and after the capture of graphs
 
     def before_capture(self, rows: int) -> None:
@@ -220,7 +225,7 @@ class CudaMeter:
         reasons = []
         if bool(self._unsafe.item()):
             reasons.append("compiled code reuses the memory of router logits")
-        per_row = len(self.layers) * (self.layout.experts * 4 + self.top_k * 8)
+        per_row = len(self.layers) * (self.layout.experts * self._logit_bytes + self.top_k * self._id_bytes)
         if rows * per_row > self._memory_limit:
             reasons.append(f"retaining could take {rows * per_row >> 20} MiB, allowed are {self._memory_limit >> 20}")
         if reasons:
@@ -303,7 +308,6 @@ class CudaMeter:
         graph.strides = (ordered[0][0].stride(0), ordered[0][1].stride(0))
         addresses = torch.tensor([(a.data_ptr(), b.data_ptr()) for a, b in ordered], dtype=torch.int64)
         graph.table = addresses.to(self._device)
-        self.retained_bytes += sum(t.nbytes for pair in ordered for t in pair)
 
     def _work_off(self, tokens: int) -> None:
         """Count the decisions at hand of a pass without a graph."""

@@ -1,0 +1,6 @@
+"""The monitor for Hugging Face transformers models; the only folder that imports transformers."""
+
+from moe_monitor.capture.transformers.detect import UnsupportedModelError
+from moe_monitor.capture.transformers.session import Monitor, expert_counts, monitor
+
+__all__ = ["Monitor", "UnsupportedModelError", "expert_counts", "monitor"]

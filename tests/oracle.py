@@ -29,8 +29,8 @@ class Oracle:
     TIE = 1e-5
 
     def __init__(self, model: Path) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        config = self._model.config
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        config = self.model.config
         self.experts, self.top_k, self.layers = config.num_experts, config.num_experts_per_tok, config.num_hidden_layers
         self.ties = 0
         self._known: dict[tuple[int, ...], Routing] = {}
@@ -39,7 +39,7 @@ class Oracle:
         key = tuple(tokens)
         if key not in self._known:
             with torch.no_grad():
-                output = self._model(torch.tensor([tokens]), output_router_logits=True)
+                output = self.model(torch.tensor([tokens]), output_router_logits=True)
             logits = torch.stack([x.view(len(tokens), -1) for x in output.router_logits], dim=1).double()
             best = logits.topk(self.top_k + 1, dim=-1)
             self.ties += int((best.values[..., -2] - best.values[..., -1] < self.TIE).sum())

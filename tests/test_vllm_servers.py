@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +12,21 @@ import pytest
 from oracle import Oracle
 from serving import eventually, only, select, serving
 
+from moe_monitor import expert_counts
+
 pytestmark = pytest.mark.vllm
+
+
+def leave_a_dead_board(directory: Path) -> Path:
+    """What a worker that was killed leaves behind."""
+    script = (
+        "import os, signal, sys; from pathlib import Path; from boards import FakeWorker\n"
+        "FakeWorker(Path(sys.argv[1]), name='dead', tokens=5000, model_name='tiny', server='gone')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(directory)], cwd=Path(__file__).parent, check=False)
+    (board,) = directory.glob("*.board")
+    return board
 
 
 def test_two_api_servers_and_two_tensor_parallel_ranks_count_once(tiny_model: Path, tmp_path: Path) -> None:
@@ -18,7 +34,11 @@ def test_two_api_servers_and_two_tensor_parallel_ranks_count_once(tiny_model: Pa
     arguments = ["--enforce-eager", "--tensor-parallel-size", "2", "--api-server-count", "2", "--max-model-len", "512"]
     parallel = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     oracle = Oracle(tiny_model)
+    (tmp_path / "server").mkdir()
+    stale = leave_a_dead_board(tmp_path / "server" / "run")
     with serving(tiny_model, tmp_path / "server", *arguments, **parallel) as server:
+        assert not stale.exists(), "the numbers of a run that is over stay around"
+        assert set(select(server.metrics(), "moe_routed_tokens_total").values()) == {0}
         prompts = [[3 + (7 * i + j) % 290 for j in range(20 + i)] for i in range(8)]
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda p: server.complete(p, f"r{len(p)}"), prompts))
@@ -35,6 +55,9 @@ def test_two_api_servers_and_two_tensor_parallel_ranks_count_once(tiny_model: Pa
                 found = dict(labels)
                 got[int(found["layer"]), int(found["expert"])] = value
             assert np.abs(got - counts).sum() <= 2 * oracle.ties
+        # The monitor of the other framework, on the same sequences: what was computed is all but the last token.
+        sequences = [p + a["choices"][0]["token_ids"][:-1] for p, a in zip(prompts, answers, strict=True)]
+        assert np.abs(expert_counts(oracle.model, sequences) - got).sum() <= 2 * oracle.ties
         assert server.log.count("moe-monitor 0.") == 1, "only the first rank counts"
 
 

@@ -27,7 +27,8 @@ def metrics() -> str:
     for m in METRICS:
         labels = ", ".join(f"`{label}`" for label in m.labels)
         lines.append(f"| `{m.name}` | {m.kind} | {m.unit} | {labels} | {m.help} |")
-    lines += ["\n## Buckets\n", "Upper bounds, inclusive; Prometheus adds +Inf.\n", "| histogram | bounds |", "| --- | --- |"]
+    lines += ["\n## Buckets\n", "Upper bounds, inclusive; Prometheus adds +Inf.\n"]
+    lines += ["| histogram | bounds |", "| --- | --- |"]
     lines += [f"| `{m.name}` | {', '.join(f'{b:g}' for b in m.buckets)} |" for m in METRICS if m.buckets]
     return "\n".join(lines) + "\n"
 

@@ -37,7 +37,7 @@ def test_a_bad_value_is_named_with_its_range(name: str, value: str, allowed: str
 
 
 def test_an_unknown_name_is_refused_with_the_likeliest_meant() -> None:
-    with pytest.raises(SettingsError, match="'MOE_MONITOR_INTERVALL' is not .* did you mean MOE_MONITOR_INTERVAL"):
+    with pytest.raises(SettingsError, match=r"'MOE_MONITOR_INTERVALL' is not .* did you mean MOE_MONITOR_INTERVAL"):
         load({"MOE_MONITOR_INTERVALL": "1"})
 
 

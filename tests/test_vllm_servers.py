@@ -59,6 +59,7 @@ def test_two_api_servers_and_two_tensor_parallel_ranks_count_once(tiny_model: Pa
         sequences = [p + a["choices"][0]["token_ids"][:-1] for p, a in zip(prompts, answers, strict=True)]
         assert np.abs(expert_counts(oracle.model, sequences) - got).sum() <= 2 * oracle.ties
         assert server.log.count("moe-monitor 0.") == 1, "only the first rank counts"
+    assert list((tmp_path / "server" / "run").glob("*.board")) == [], "SIGTERM leaves no file"
 
 
 def test_a_bad_setting_is_named_and_the_server_serves(tiny_model: Path, tmp_path: Path) -> None:

@@ -8,17 +8,21 @@ servers it would be absent, since each then serves a fresh registry.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import gzip
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qs
 
 from moe_monitor import settings
+from moe_monitor.board import BoardError, board_paths, remove_dead_boards
 from moe_monitor.capture.vllm.plugin import SERVER_VARIABLE
 from moe_monitor.export.collector import MoeCollector
 
@@ -48,7 +52,20 @@ def collector() -> MoeCollector:
             logger=logger,
         )
         _collector.start()
+        atexit.register(_sweep, configured.dir, f"{_collector.server}.")
     return _collector
+
+
+def _sweep(directory: Path, prefix: str) -> None:
+    """Remove the boards of this server's workers, which vLLM kills at shutdown before they could do it themselves."""
+    for _ in range(20):
+        try:
+            remove_dead_boards(directory)
+            if not any(path.name.startswith(prefix) for path in board_paths(directory)):
+                return
+        except BoardError:
+            return
+        time.sleep(0.1)
 
 
 def patch_loggers(module: ModuleType) -> None:

@@ -33,6 +33,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
+#: A scrape waits this long for our part at most; it is done in milliseconds unless the disk hangs.
+SCRAPE_SECONDS = 5.0
+
 _SENTINEL = "_moe_monitor"
 _collector: MoeCollector | None = None
 
@@ -134,8 +137,14 @@ class MetricsMiddleware:
             return
         start, body = messages[0], b"".join(m.get("body", b"") for m in messages[1:])
         openmetrics = any(k.lower() == b"content-type" and b"openmetrics" in v for k, v in start["headers"])
-        loop = asyncio.get_running_loop()
-        body = await loop.run_in_executor(self._thread, self._extend, body, names, openmetrics, compress)
+        try:
+            work = asyncio.get_running_loop().run_in_executor(
+                self._thread, self._extend, body, names, openmetrics, compress
+            )
+            body = await asyncio.wait_for(work, SCRAPE_SECONDS)
+        except Exception as error:
+            logger.warning("moe-monitor: its metrics are missing from an answer of /metrics: %r", error)
+            compress = False  # vLLM's own metrics, as they came
         kept = [(k, v) for k, v in start["headers"] if k.lower() not in (b"content-length", b"content-encoding")]
         kept.append((b"content-length", str(len(body)).encode()))
         if compress:

@@ -1,0 +1,105 @@
+"""What the API server's /metrics becomes: vLLM's answer with ours behind it, whatever ours does."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from boards import FakeWorker
+
+from moe_monitor.capture.vllm import frontend
+from moe_monitor.export.collector import MoeCollector
+
+OWN = b"# TYPE vllm:x gauge\nvllm:x 1.0\n"
+
+
+def app(status: int = 200, content_type: bytes = b"text/plain", body: bytes = OWN) -> Any:
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
+        headers += [(b"seen-encoding", v) for k, v in scope["headers"] if k == b"accept-encoding"]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    return answer
+
+
+def get(inner: Any, collector: Any, path: str = "/metrics", **headers: str) -> tuple[int, dict[bytes, bytes], bytes]:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
+    scope = {"type": "http", "method": "GET", "path": path.partition("?")[0], "headers": []}
+    scope["query_string"] = path.partition("?")[2].encode()
+    scope["headers"] = [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()]
+    asyncio.run(frontend.MetricsMiddleware(inner, collector)(scope, receive, send))
+    body = b"".join(m.get("body", b"") for m in sent[1:])
+    return sent[0]["status"], dict(sent[0]["headers"]), body
+
+
+@pytest.fixture
+def collector(tmp_path: Path) -> Callable[[], MoeCollector]:
+    FakeWorker(tmp_path / "run", server="s")
+    return MoeCollector(tmp_path / "run", server="s")
+
+
+def test_ours_follows_and_the_length_is_right(collector: MoeCollector) -> None:
+    status, headers, body = get(app(), collector)
+    assert status == 200
+    assert body.startswith(OWN)
+    assert b"\nmoe_monitor_active{" in body
+    assert int(headers[b"content-length"]) == len(body)
+
+
+def test_compressed_when_asked_for_and_then_whole(collector: MoeCollector) -> None:
+    _, headers, body = get(app(), collector, accept_encoding="gzip")
+    assert headers[b"content-encoding"] == b"gzip"
+    assert b"seen-encoding" not in headers  # the inner answer must come plain
+    assert gzip.decompress(body).startswith(OWN)
+
+
+def test_openmetrics_ends_once(collector: MoeCollector) -> None:
+    inner = app(content_type=b"application/openmetrics-text; version=1.0.0", body=OWN + b"# EOF\n")
+    _, _, body = get(inner, collector)
+    assert body.count(b"# EOF\n") == 1
+    assert body.endswith(b"# EOF\n")
+
+
+def test_a_selection_of_names_is_kept(collector: MoeCollector) -> None:
+    _, _, body = get(app(body=b""), collector, path="/metrics?name[]=moe_monitor_active")
+    assert {line.split(b"{")[0] for line in body.splitlines() if not line.startswith(b"#")} == {b"moe_monitor_active"}
+
+
+def test_other_answers_pass_untouched(collector: MoeCollector) -> None:
+    assert get(app(status=503), collector)[2] == OWN
+    assert get(app(), collector, path="/v1/models")[2] == OWN
+
+
+@pytest.mark.parametrize("how", ["raises", "hangs"])
+def test_our_failure_costs_vllms_metrics_nothing(
+    how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(frontend, "SCRAPE_SECONDS", 0.2)
+
+    class Broken:
+        def render(self, **_: Any) -> bytes:
+            if how == "raises":
+                raise OSError("planted")
+            time.sleep(1)
+            return b""
+
+    with caplog.at_level(logging.WARNING):
+        status, headers, body = get(app(), Broken(), accept_encoding="gzip")
+    assert (status, body) == (200, OWN)
+    assert b"content-encoding" not in headers
+    assert int(headers[b"content-length"]) == len(OWN)
+    assert "missing from an answer of /metrics" in caplog.text

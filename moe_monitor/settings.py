@@ -92,6 +92,10 @@ def _directory(text: str) -> Path:
     return path
 
 
+def _file_or_none(text: str) -> Path | None:
+    return _directory(text) if text else None
+
+
 def default_directory(environ: Mapping[str, str] | None = None) -> Path:
     """Where boards live unless told otherwise: private to the user, cleared at reboot."""
     env = os.environ if environ is None else environ
@@ -148,6 +152,14 @@ KNOBS: tuple[Knob, ...] = (
         "Most device memory that the monitor may keep. Where retaining would need more, capture is ingraph.",
         _integer(1, 4096),
     ),
+    Knob(
+        "BASELINE",
+        "",
+        "an absolute path",
+        "Baseline file (`moe-monitor baseline record`) that drift and the limits of imbalance are measured against. "
+        "Default: none. Read by servers and by `moe-monitor export`, again whenever it changes.",
+        _file_or_none,
+    ),
 )
 
 
@@ -162,6 +174,7 @@ class Settings:
     max_series: int
     capture: str
     device_memory_mib: int
+    baseline: Path | None
 
 
 def load(environ: Mapping[str, str] | None = None) -> Settings:

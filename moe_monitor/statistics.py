@@ -95,3 +95,82 @@ def _imbalance_floor(tokens: int, experts: int, top_k: int) -> float:
     cdf = np.minimum(np.cumsum(pmf) / pmf.sum(), 1.0)
     expected_max = low + float((1 - cdf**experts).sum())
     return expected_max / mean
+
+
+def cv_floor(tokens: Any, experts: int, top_k: int) -> Floats:
+    """Root of the expected squared :func:`cv` when ``tokens`` tokens each choose ``top_k`` experts uniformly.
+
+    Exact: a load is Binomial(tokens, p) with p = top_k/experts, so var/mean^2 = (1 - p) / (tokens * p).
+    """
+    p = top_k / experts
+    n = np.asarray(tokens, dtype=np.float64)
+    return np.asarray(np.sqrt((1 - p) / (np.where(n > 0, n, np.nan) * p)))
+
+
+def js_divergence(a: Any, b: Any) -> Floats:
+    """Jensen-Shannon divergence in bits between the distributions of two counts: 0 the same, 1 nothing in common.
+
+    Lin, "Divergence measures based on the Shannon entropy", 1991. NaN where either has no tokens.
+    """
+    p, q = (_shares(x) for x in (a, b))
+    middle = (p + q) / 2
+    # abs: equal distributions may come out as -1e-17
+    return np.asarray(np.abs(_relative_entropy(p, middle) + _relative_entropy(q, middle)) / 2)
+
+
+def js_floor(assignments: Any, counts: Any, per_token: Any) -> Floats:
+    """Expected :func:`js_divergence` from ``counts`` of as many assignments drawn from that very distribution.
+
+    ``assignments``: [...] how many expert choices were drawn; ``counts``: [..., experts], the distribution, itself
+    known from that many; ``per_token``: experts per token, which a token chooses without repetition.
+    The divergence is a sum over experts, so its expectation needs each expert's own distribution only: Poisson with
+    mean assignments*share, its variance cut by 1 - per_token*share because a token takes an expert once at most.
+    The counts' own sampling adds the same with their own total.
+    """
+    share = _shares(counts)
+    drawn = np.asarray(assignments, dtype=np.float64)
+    known = np.asarray(counts, dtype=np.float64).sum(axis=-1)
+    once = np.clip(1 - np.asarray(per_token, dtype=np.float64)[..., None] * share, 0.0, 1.0)
+    total = np.zeros(np.broadcast_shapes(drawn.shape, known.shape))
+    for n in (drawn, known):
+        expected = np.where(n > 0, n, np.nan)[..., None] * share
+        total = total + (share * once * _poisson_js(expected)).sum(axis=-1)
+    return np.asarray(total)
+
+
+def _shares(counts: Any) -> Floats:
+    loads, mean = _loads(counts)
+    return np.asarray(loads / (mean * loads.shape[-1])[..., None])
+
+
+def _relative_entropy(p: Floats, q: Floats) -> Floats:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.where(p == 0, 0.0, p * np.log2(p / q)).sum(axis=-1))
+
+
+def _poisson_js(expected: Floats) -> Floats:
+    """E[g(X/m)] for X ~ Poisson(m): an expert's part of the divergence in units of its share. By table below 1,000.
+
+    g(a) = (a log2(2a/(a+1)) + log2(2/(a+1))) / 2; g(1+d) = d^2 / (8 ln 2) for small d, hence 1/(8 m ln 2) above.
+    """
+    grid, value = _poisson_js_table()
+    with np.errstate(divide="ignore"):
+        logarithm = np.log(expected)
+    small = np.exp(np.interp(logarithm, grid, value))
+    with np.errstate(divide="ignore"):
+        large = 1 / (8 * math.log(2) * expected)
+    return np.asarray(np.where(expected < math.exp(grid[-1]), small, large))
+
+
+@lru_cache(maxsize=1)
+def _poisson_js_table() -> tuple[Floats, Floats]:
+    grid = np.linspace(math.log(1e-4), math.log(1e3), 161)
+    values = []
+    for mean in np.exp(grid):
+        x = np.arange(0, math.ceil(mean + 12 * math.sqrt(mean) + 20), dtype=np.float64)
+        log_pmf = np.concatenate([[0.0], np.cumsum(math.log(mean) - np.log(x[1:]))]) - mean
+        a = x / mean
+        with np.errstate(divide="ignore", invalid="ignore"):
+            g = (np.where(a == 0, 0.0, a * np.log2(2 * a / (a + 1))) + np.log2(2 / (a + 1))) / 2
+        values.append(float((np.exp(log_pmf) * g).sum()))
+    return grid, np.log(values)

@@ -23,7 +23,9 @@ def test_documents_name_only_metrics_settings_and_files_that_exist() -> None:
     settings = {knob.env for knob in KNOBS}
     for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
         text = page.read_text()
-        named = set(re.findall(r"\bmoe_(?!monitor\.|monitor/)[a-z0-9_]+_(?:total|ratio|bits|seconds|experts|info)\b", text))
+        named = set(
+            re.findall(r"\bmoe_(?!monitor\.|monitor/)[a-z0-9_]+_(?:total|ratio|bits|seconds|experts|info)\b", text)
+        )
         assert named <= known, page
         assert set(re.findall(r"\bMOE_MONITOR_[A-Z_]+\b", text)) <= settings, page
         for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):

@@ -64,7 +64,9 @@ def test_the_floor_is_what_uniform_routing_shows(tokens: int, experts: int, top_
 
 def test_the_floor_at_the_edges() -> None:
     assert math.isnan(statistics.imbalance_floor(0, 64, 8))
-    assert statistics.imbalance_floor(1, 64, 8) == pytest.approx(8, rel=0.01)  # one token: an expert has 1 or 0, mean 1/8
+    assert statistics.imbalance_floor(1, 64, 8) == pytest.approx(
+        8, rel=0.01
+    )  # one token: an expert has 1 or 0, mean 1/8
     assert statistics.imbalance_floor(10**9, 64, 8) == pytest.approx(1, abs=1e-3)
     assert statistics.imbalance_floor(500, 8, 8) == 1
     with pytest.raises(ValueError, match="top_k"):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from prometheus_client.metrics_core import Metric as ClientMetric
 from prometheus_client.registry import Collector
 
 from moe_monitor.board import BoardError
-from moe_monitor.catalog import BY_NAME, IDENTITY
+from moe_monitor.catalog import BY_NAME
 from moe_monitor.export.exposition import Exposition
 from moe_monitor.export.families import Family, expert_parallel, families
 from moe_monitor.export.windows import RESOLUTION, History
@@ -95,13 +96,13 @@ class MoeCollector(Collector):
         for engine in self.read():
             together.setdefault(engine.key[:2], []).append(engine)
             try:
-                result += families(engine, self._history, self.max_series)
+                result += self._named(engine.server, families(engine, self._history, self.max_series))
                 seen.add((engine.model_name, engine.engine))
             except Exception as error:
                 self._failed(error)
         for engines in together.values():
             try:
-                result += expert_parallel(engines, self._history)
+                result += self._named(engines[0].server, expert_parallel(engines, self._history))
             except Exception as error:
                 self._failed(error)
         for pair in self.expected:
@@ -111,6 +112,10 @@ class MoeCollector(Collector):
             pair = self.expected[0] if self.expected else ("", "")
             result.append(Family(BY_NAME["moe_monitor_errors_total"], pair, [("collect",)], [self._read_errors]))
         return result
+
+    def _named(self, server: str, made: Iterable[Family]) -> Iterable[Family]:
+        """A collector of all servers of a machine must tell them apart: they may serve the same model."""
+        return made if self.server is not None else (replace(family, server=server) for family in made)
 
     def render(self, *, openmetrics: bool = False, names: Sequence[str] | None = None) -> bytes:
         """The exposition, of all metrics or of those named; never raises."""
@@ -142,7 +147,7 @@ class MoeCollector(Collector):
 
 
 def _add(grouped: dict[str, ClientMetric], family: Family) -> None:
-    metric, names = family.metric, IDENTITY + family.metric.labels
+    metric, names = family.metric, family.names
     kinds = {"counter": CounterMetricFamily, "histogram": HistogramMetricFamily}
     if metric.name not in grouped:
         made = kinds.get(metric.kind, GaugeMetricFamily)(metric.name, metric.help, labels=names)
@@ -152,7 +157,7 @@ def _add(grouped: dict[str, ClientMetric], family: Family) -> None:
         bounds = [repr(float(b)) for b in metric.buckets] + ["+Inf"]
         cumulative = np.cumsum(np.asarray(family.values), axis=-1).tolist()
         for labels, row, total in zip(family.labels, cumulative, np.asarray(family.sums).tolist(), strict=True):
-            client.add_metric(family.identity + labels, list(zip(bounds, row, strict=True)), total)
+            client.add_metric(family.common + labels, list(zip(bounds, row, strict=True)), total)
     elif isinstance(client, CounterMetricFamily | GaugeMetricFamily):
         for labels, value in zip(family.labels, family.values, strict=True):
-            client.add_metric(family.identity + labels, float(value))
+            client.add_metric(family.common + labels, float(value))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_monitor.catalog import IDENTITY, Metric
+from moe_monitor.catalog import Metric
 from moe_monitor.export.families import Family, Labels
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -80,11 +80,11 @@ class Exposition:
         parts.append("".join(itertools.chain.from_iterable(zip(prefixes, numbers, itertools.repeat("\n")))))
 
     def _prefix(self, family: Family) -> list[str]:
-        key = (family.metric.name, family.identity)
+        key = (family.metric.name, family.common)
         kept = self._prefixes.get(key)
         if kept is not None and kept[0] == family.labels:
             return kept[1]
-        made = [prefix for labels in family.labels for prefix in _prefixes(family.metric, family.identity, labels)]
+        made = [prefix for labels in family.labels for prefix in _prefixes(family, labels)]
         self._prefixes[key] = (list(family.labels), made)
         return made
 
@@ -99,8 +99,9 @@ def _head(metric: Metric, openmetrics: bool) -> str:
     return f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n"
 
 
-def _prefixes(metric: Metric, identity: Labels, labels: Labels) -> list[str]:
-    pairs = zip(IDENTITY + metric.labels, identity + labels, strict=True)
+def _prefixes(family: Family, labels: Labels) -> list[str]:
+    metric = family.metric
+    pairs = zip(family.names, family.common + labels, strict=True)
     text = ",".join(f'{name}="{escape(value)}"' for name, value in pairs)
     if metric.kind != "histogram":
         return [f"{metric.name}{{{text}}} "]

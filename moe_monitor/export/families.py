@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from moe_monitor import __version__, statistics
-from moe_monitor.catalog import BY_NAME, WINDOWS, Metric
+from moe_monitor.catalog import BY_NAME, IDENTITY, WINDOWS, Metric
+from moe_monitor.export.drift import drift
+from moe_monitor.export.drift import ranks as baseline_ranks
 from moe_monitor.export.windows import History
 from moe_monitor.layout import FIXED_POINT, HISTOGRAMS
 from moe_monitor.snapshot import EngineSnapshot
@@ -42,6 +44,17 @@ class Family:
     labels: list[Labels]
     values: Any
     sums: Any = None
+    server: str = ""
+
+    @property
+    def names(self) -> Labels:
+        """Label names of every series; ``server`` tells apart those that one exporter shows side by side."""
+        return (("server",) if self.server else ()) + IDENTITY + self.metric.labels
+
+    @property
+    def common(self) -> Labels:
+        """Values of the labels that all series of the family share."""
+        return ((self.server,) if self.server else ()) + self.identity
 
 
 def live(engine: EngineSnapshot) -> bool:
@@ -68,7 +81,10 @@ def families(engine: EngineSnapshot, history: History, max_series: int | None) -
     for name, (metric, total) in HISTOGRAMS.items():
         scale = FIXED_POINT if name in _SUMS_IN_FIXED_POINT else 1
         yield family(metric, layers, engine.column(name), engine.column(total) / scale)
+    yield family("moe_model_experts", [()], [engine.layout.experts])
+    yield family("moe_model_top_k", [()], [engine.top_k])
     yield from _balance(engine, history, family)
+    yield from drift(engine, history, family)
 
 
 def expert_parallel(engines: list[EngineSnapshot], history: History) -> Iterator[Family]:
@@ -93,6 +109,11 @@ def expert_parallel(engines: list[EngineSnapshot], history: History) -> Iterator
     for engine in shared:
         identity = (engine.model_name, engine.engine)
         yield Family(BY_NAME["moe_ep_rank_imbalance_ratio"], identity, [g[0] for g in gauge], [g[1] for g in gauge])
+        normal = baseline_ranks(engine, [owner[rank] for rank in ranks])
+        if normal is not None:
+            layers: list[Labels] = [(str(layer),) for layer in engine.layers]
+            yield Family(BY_NAME["moe_baseline_ep_rank_imbalance_ratio"], identity, layers, normal[0])
+            yield Family(BY_NAME["moe_ep_rank_imbalance_limit_ratio"], identity, layers, normal[1])
 
 
 def _by_rank(counts: Any, owner: dict[int, list[int]], ranks: list[int]) -> Any:

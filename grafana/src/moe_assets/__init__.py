@@ -1,0 +1,1 @@
+"""Dashboards, rules and provisioning of moe-monitor as code. ``grafana/src/build.py`` writes them."""

@@ -1,0 +1,187 @@
+"""Recording rules: everything that a panel shows of more than one series at a time, added up once per interval.
+
+Names are level:metric:operation. ``engine`` rules use ``without``, so that labels which a deployment adds (pod,
+namespace, cluster) stay; ``model`` rules add up over the servers of a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recording:
+    name: str
+    expr: str
+
+
+@dataclass(frozen=True)
+class Group:
+    name: str
+    interval: str
+    rules: tuple[Recording, ...]
+
+
+def _mean(record: str, metric: str) -> Recording:
+    """Mean of a histogram's observations over five minutes; nothing where there were none."""
+    return Recording(record, f"rate({metric}_sum[5m])\n/\n(rate({metric}_count[5m]) > 0)")
+
+
+_OVER_LIMIT = """\
+(
+  moe_load_imbalance_ratio{window="5m"} / moe_load_imbalance_limit_ratio{window="5m"}
+  >=
+  moe_load_cv_ratio{window="5m"} / moe_load_cv_limit_ratio{window="5m"}
+)
+or
+moe_load_cv_ratio{window="5m"} / moe_load_cv_limit_ratio{window="5m"}"""
+
+_COLLAPSED = """\
+count without (layer) (
+  engine_layer:moe_router_entropy:mean5m < 0.5 * moe_baseline_router_entropy_ratio
+  and
+  engine_layer:moe_router_selected_mass:mean5m > 0.5 + 0.5 * moe_baseline_selected_mass_ratio
+)"""
+
+_LOAD = """\
+sum by (job, model_name, layer, expert) (rate(moe_expert_tokens_total[5m]))
+/ on (job, model_name, layer) group_left ()
+(sum by (job, model_name, layer) (rate(moe_experts_per_token_sum[5m])) > 0)
+* on (job, model_name) group_left ()
+max by (job, model_name) (moe_model_experts)"""
+
+#: The only rules that read the layer-by-expert matrix. One value per model, layer and expert however many servers
+#: there are; the mean comes from the layer's own counter, so it is right too where a server shows only the hottest
+#: and coldest experts.
+MATRIX = Group(
+    "moe-monitor-matrix",
+    "1m",
+    (
+        Recording("model_layer_expert:moe_expert_load:ratio5m", _LOAD),
+        Recording(
+            "model_layer:moe_expert_load:max5m",
+            "max by (job, model_name, layer) (model_layer_expert:moe_expert_load:ratio5m)",
+        ),
+        Recording(
+            "model_layer:moe_expert_load:min5m",
+            "min by (job, model_name, layer) (model_layer_expert:moe_expert_load:ratio5m)",
+        ),
+    ),
+)
+
+LAYERS = Group(
+    "moe-monitor-layers",
+    "30s",
+    (
+        _mean("engine_layer:moe_router_entropy:mean5m", "moe_router_entropy_ratio"),
+        _mean("engine_layer:moe_router_selected_mass:mean5m", "moe_router_selected_mass_ratio"),
+        _mean("engine_layer:moe_router_top1_probability:mean5m", "moe_router_top1_probability"),
+        _mean("engine_layer:moe_active_experts:mean5m", "moe_active_experts"),
+        Recording(
+            "engine_layer:moe_routing_drift:excess5m",
+            'moe_routing_drift_bits{window="5m"} / moe_routing_drift_limit_bits{window="5m"}',
+        ),
+        Recording("engine_layer:moe_load_imbalance:excess5m", _OVER_LIMIT),
+    ),
+)
+
+ENGINES = Group(
+    "moe-monitor-engines",
+    "30s",
+    (
+        Recording("engine:moe_routed_tokens:rate5m", "max without (layer) (rate(moe_routed_tokens_total[5m]))"),
+        Recording(
+            "engine:moe_load_imbalance:max5m", 'max without (layer, window) (moe_load_imbalance_ratio{window="5m"})'
+        ),
+        Recording(
+            "engine:moe_load_imbalance:excess5m",
+            "max without (layer, window) (engine_layer:moe_load_imbalance:excess5m)",
+        ),
+        Recording(
+            "engine:moe_routing_drift:excess5m", "max without (layer, window) (engine_layer:moe_routing_drift:excess5m)"
+        ),
+        Recording("engine:moe_silent_experts:sum5m", 'sum without (layer, window) (moe_silent_experts{window="5m"})'),
+        Recording("engine:moe_router_entropy:min5m", "min without (layer) (engine_layer:moe_router_entropy:mean5m)"),
+        Recording("engine:moe_router_collapsed_layers:count5m", _COLLAPSED),
+        Recording(
+            "engine:moe_ep_rank_imbalance:max5m",
+            'max without (layer, window) (moe_ep_rank_imbalance_ratio{window="5m"})',
+        ),
+        Recording(
+            "engine:moe_ep_rank_imbalance:excess5m",
+            "max without (layer, window) (\n"
+            '  moe_ep_rank_imbalance_ratio{window="5m"} / ignoring (window) moe_ep_rank_imbalance_limit_ratio\n'
+            ")",
+        ),
+    ),
+)
+
+RANKS = Group(
+    "moe-monitor-ranks",
+    "30s",
+    (
+        Recording(
+            "server_layer_rank:moe_ep_rank_tokens:rate5m",
+            "sum without (engine) (rate(moe_ep_rank_tokens_total[5m]))",
+        ),
+        Recording(
+            "server_rank:moe_ep_rank_tokens:rate5m",
+            "sum without (layer) (server_layer_rank:moe_ep_rank_tokens:rate5m)",
+        ),
+        # A layer takes as long as its busiest rank: the time that even load would save, of the layers' time.
+        Recording(
+            "server:moe_ep_balance_gain:ratio5m",
+            "1\n-\nsum without (layer) (avg without (ep_rank) (server_layer_rank:moe_ep_rank_tokens:rate5m))\n/\n"
+            "(sum without (layer) (max without (ep_rank) (server_layer_rank:moe_ep_rank_tokens:rate5m)) > 0)",
+        ),
+    ),
+)
+
+MODELS = Group(
+    "moe-monitor-models",
+    "30s",
+    (
+        # The worst server, not the mean: among many servers the mean would hide one that has collapsed.
+        Recording(
+            "model_layer:moe_router_entropy:min5m",
+            "min by (job, model_name, layer) (engine_layer:moe_router_entropy:mean5m)",
+        ),
+        Recording(
+            "model_layer:moe_router_selected_mass:max5m",
+            "max by (job, model_name, layer) (engine_layer:moe_router_selected_mass:mean5m)",
+        ),
+        Recording(
+            "model_layer:moe_load_imbalance:max5m",
+            'max by (job, model_name, layer) (moe_load_imbalance_ratio{window="5m"})',
+        ),
+        Recording(
+            "model_layer:moe_load_imbalance:excess5m",
+            "max by (job, model_name, layer) (engine_layer:moe_load_imbalance:excess5m)",
+        ),
+        Recording(
+            "model_layer:moe_routing_drift:excess5m",
+            "max by (job, model_name, layer) (engine_layer:moe_routing_drift:excess5m)",
+        ),
+    ),
+)
+
+REQUESTS = Group(
+    "moe-monitor-requests",
+    "30s",
+    (
+        *(
+            Recording(f"model_le:{metric}:rate5m", f"sum by (job, model_name, le) (rate({metric}_bucket[5m]))")
+            for metric in ("moe_request_entropy_ratio", "moe_request_concentration_ratio", "moe_request_drift_bits")
+        ),
+        *(
+            Recording(
+                f"model_quartile_le:{metric}:rate5m",
+                f"sum by (job, model_name, quartile, le) (rate({metric}_bucket[5m]))",
+            )
+            for metric in ("moe_request_e2e_seconds", "moe_request_ttft_seconds", "moe_request_tpot_seconds")
+        ),
+    ),
+)
+
+GROUPS = (MATRIX, LAYERS, ENGINES, MODELS, RANKS, REQUESTS)
+NAMES = tuple(rule.name for group in GROUPS for rule in group.rules)

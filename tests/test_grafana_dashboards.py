@@ -1,0 +1,104 @@
+"""The dashboards' JSON: stable, complete, and asking only for what exists."""
+
+import itertools
+import json
+import re
+
+import pytest
+import queries
+
+UIDS = {
+    "moe-monitor-overview",
+    "moe-monitor-layers",
+    "moe-monitor-ranks",
+    "moe-monitor-requests",
+    "moe-monitor-self",
+}
+PANELS = list(queries.panels())
+
+
+def name(value):
+    return value["title"] if isinstance(value, dict) else value
+
+
+def test_uids_are_stable():
+    assert set(queries.dashboards()) == UIDS
+    assert {d["uid"] for d in queries.dashboards().values()} == UIDS
+
+
+@pytest.mark.parametrize("uid", sorted(UIDS))
+def test_frame(uid):
+    dashboard = queries.dashboards()[uid]
+    variables = {v["name"]: v for v in dashboard["templating"]["list"]}
+    assert set(variables) >= {"datasource", "job", "model", "instance", "engine"}
+    assert ("layer" in variables) == (uid in {"moe-monitor-layers", "moe-monitor-ranks"})
+    assert dashboard["tags"] == ["moe-monitor"]
+    (link,) = dashboard["links"]
+    assert (link["type"], link["tags"], link["includeVars"], link["keepTime"]) == (
+        "dashboards",
+        ["moe-monitor"],
+        True,
+        True,
+    )
+    (annotation,) = dashboard["annotations"]["list"]
+    assert 'alertstate="firing"' in annotation["expr"]
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+    cells = set()
+    for panel in dashboard["panels"]:
+        at = panel["gridPos"]
+        mine = set(itertools.product(range(at["x"], at["x"] + at["w"]), range(at["y"], at["y"] + at["h"])))
+        assert at["x"] + at["w"] <= 24
+        assert not mine & cells, f"{panel['title']} lies on another panel"
+        cells |= mine
+
+
+@pytest.mark.parametrize(("uid", "panel"), PANELS, ids=name)
+def test_panel(uid, panel):
+    assert panel["title"]
+    if panel["type"] == "text":
+        return
+    assert len(panel["description"]) > 15
+    defaults = panel["fieldConfig"]["defaults"]
+    assert defaults["unit"]
+    assert defaults["thresholds"]["steps"][0].get("value") is None
+    assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+    assert panel["targets"]
+    references = [target["refId"] for target in panel["targets"]]
+    assert len(references) == len(set(references))
+    known = {v["name"] for v in queries.dashboards()[uid]["templating"]["list"]}
+    for target in panel["targets"]:
+        assert target["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        used = set(re.findall(r"\$\{?(\w+)", re.sub(r'label_replace\(|"\d*\$1"', "", target["expr"])))
+        assert used <= known
+        assert queries.unknown(target["expr"]) == set()
+
+
+@pytest.mark.parametrize(("uid", "panel"), PANELS, ids=name)
+def test_no_panel_scans_the_matrix(uid, panel):
+    """Only one layer of one server may be read from the matrix itself: as many series as a layer has experts."""
+    for target in panel.get("targets", []):
+        for selector in re.findall(queries.MATRIX + r"\{([^}]*)\}", target["expr"]):
+            assert 'instance="$server"' in selector
+            assert 'layer="$layer"' in selector
+        assert not re.search(queries.MATRIX + r"(?!\{)", target["expr"])
+
+
+def test_links_between_dashboards_lead_somewhere():
+    text = json.dumps(queries.dashboards())
+    linked = set(re.findall(r"/d/([\w-]+)", text))
+    assert linked
+    assert linked <= UIDS
+
+
+def test_vllm_has_the_metrics_that_are_used():
+    """By the source of the installed vLLM; the tests of a live server see it on the wire."""
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    found = find_spec("vllm")
+    if found is None or found.origin is None:
+        pytest.skip("vLLM is not installed here")
+    sources = (Path(found.origin).parent / "v1" / "metrics").rglob("*.py")
+    text = "".join(path.read_text() for path in sources)
+    assert {metric for metric in queries.VLLM if f'"{metric}"' in text} == queries.VLLM

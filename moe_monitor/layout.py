@@ -30,6 +30,13 @@ HISTOGRAMS = {
     "active": ("moe_active_experts", "active_sum"),
 }
 
+#: Columns of a request's tally per layer: tokens by phase, fixed-point sums of the ratios and the smallest entropy
+#: (over finite tokens only), tokens with NaN or +inf among their logits.
+TALLY_COLUMNS = ("prefill", "decode", "entropy_sum", "entropy_min", "top1_sum", "mass_sum", "nonfinite", "spare")
+
+#: ``entropy_min`` of a tally that has seen no finite token.
+NO_ENTROPY = 1 << 40
+
 
 def edges(histogram: str) -> tuple[float, ...]:
     """Upper bounds of a histogram's buckets, without +Inf."""

@@ -160,6 +160,29 @@ KNOBS: tuple[Knob, ...] = (
         "Default: none. Read by servers and by `moe-monitor export`, again whenever it changes.",
         _file_or_none,
     ),
+    Knob(
+        "SAMPLE_RATIO",
+        "0.1",
+        "0 to 1",
+        "Share of requests whose routing is traced one by one. `moe_trace` in a request's `vllm_xargs` (1 or 0), or "
+        "else the sampled flag of its `traceparent` where vLLM's tracing is on, decides before this does.",
+        _number(0, 1),
+    ),
+    Knob(
+        "MAX_TRACED",
+        "256",
+        "0 (off) to 4096",
+        "Most requests that are traced at a time; fewer where their tallies would take more than a quarter of "
+        "MOE_MONITOR_DEVICE_MEMORY_MIB. What is over it is served untraced and counted as dropped.",
+        _integer(0, 4096),
+    ),
+    Knob(
+        "SPAN_EVENTS",
+        "0",
+        "0 or 1",
+        "1 adds an event for each layer to the spans of traced requests.",
+        _boolean,
+    ),
 )
 
 
@@ -175,6 +198,9 @@ class Settings:
     capture: str
     device_memory_mib: int
     baseline: Path | None
+    sample_ratio: float
+    max_traced: int
+    span_events: bool
 
 
 def load(environ: Mapping[str, str] | None = None) -> Settings:

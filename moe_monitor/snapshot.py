@@ -39,6 +39,7 @@ class Status:
     errors: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     hook_seconds: float = 0.0
+    sampled: int = 0
 
     def to_array(self) -> NDArray[np.uint8]:
         """NUL-padded UTF-8; a reason that would not fit is cut."""
@@ -61,6 +62,7 @@ class Status:
             errors={str(k): int(v) for k, v in data["errors"].items()},
             dropped={str(k): int(v) for k, v in data["dropped"].items()},
             hook_seconds=float(data["hook_seconds"]),
+            sampled=int(data.get("sampled", 0)),
         )
 
 
@@ -147,6 +149,7 @@ def _merge(ranks: list[_Rank]) -> EngineSnapshot:
         for name, n in rank.status.dropped.items():
             status.dropped[name] = status.dropped.get(name, 0) + n
         status.hook_seconds += rank.status.hook_seconds
+        status.sampled = max(status.sampled, rank.status.sampled)  # all ranks trace the same requests
     counting = [r for r in ranks if r.rows is not None]
     layout = RowLayout(int(counting[0].identity["experts"])) if counting else None
     by_layer: dict[int, NDArray[np.int64]] = {}
@@ -182,6 +185,8 @@ def read_engines(directory: Path, server: str | None = None, on_error: Any = Non
         with reader:
             if server is not None and reader.identity.get("server") != server:
                 continue
+            if reader.identity.get("kind", "worker") != "worker":
+                continue  # an API server's own
             try:
                 rank = _read_rank(reader)
             except BoardError as error:

@@ -78,14 +78,16 @@ class Server:
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.read(), {k.lower(): v for k, v in response.headers.items()}
 
-    def complete(self, prompt: list[int], request_id: str, **options: Any) -> dict[str, Any]:
+    def complete(
+        self, prompt: list[int], request_id: str, headers: dict[str, str] | None = None, **options: Any
+    ) -> dict[str, Any]:
         """One completion; options override greedy decoding of 16 tokens that end tokens do not stop."""
         body = {"model": "tiny", "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
         body |= {"return_token_ids": True} | options
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/completions",
             json.dumps(body).encode(),
-            {"content-type": "application/json", "x-request-id": request_id},
+            {"content-type": "application/json", "x-request-id": request_id, **(headers or {})},
         )
         with urllib.request.urlopen(request, timeout=120) as response:
             return dict(json.load(response))

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_monitor.capture.kernels import Launcher
+from moe_monitor.capture.tallies import DeviceTallies
 from moe_monitor.layout import RowLayout
 
 #: Addresses of this many passes without a graph may be on their way to the device at once.
@@ -68,7 +69,8 @@ class CudaMeter:
     """Counter rows of one model on one CUDA device; the same interface as :class:`~moe_monitor.capture.meter.Meter`.
 
     ``pending_limit``: bytes of decisions that a pass without a graph may hold. ``memory_limit``: bytes that retaining
-    may keep. ``forced``: "auto", "retain" or "ingraph".
+    may keep. ``forced``: "auto", "retain" or "ingraph". ``tallies``: where traced requests are tallied, unless capture
+    is ingraph: a kernel inside the graph would pay for tracing in every step, traced requests or none.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class CudaMeter:
         scoring: str,
         *,
         memory_limit: int,
+        tallies: DeviceTallies | None = None,
         forced: str = "auto",
         pending_limit: int = 32 << 20,
         is_capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing,
@@ -93,7 +96,8 @@ class CudaMeter:
         #: Why the kernel goes into the graph; empty while it does not.
         self.fallback = "MOE_MONITOR_CAPTURE=ingraph" if forced == "ingraph" else ""
         self._forced = forced
-        self._memory_limit = memory_limit
+        self.tallies = tallies
+        self._memory_limit = memory_limit - (0 if tallies is None else tallies.bytes)
         self._pending_limit = pending_limit
         self._launcher: Launcher | None = None
         self._pending: dict[int, tuple[Tensor, Tensor, Span]] = {}
@@ -121,8 +125,9 @@ class CudaMeter:
             experts=self.layout.experts,
             top_k=self.top_k,
             scoring=self.scoring,
+            tallies=None if self.tallies is None else self.tallies.set_up(device),
         )
-        launcher.warm_up(requests=(False,), device_n=(False,))
+        launcher.warm_up(requests=(False,) if self.tallies is None else (False, True), device_n=(False,))
         self._unsafe = torch.zeros((), dtype=torch.bool, device=device)
         # Triton's interpreter runs all this on a CPU, for tests
         self._pinned = device.type == "cuda"
@@ -276,6 +281,8 @@ class CudaMeter:
             return False
         if self._stream is None and self._pinned:
             self._stream = torch.cuda.current_stream(self._device)
+            if self.tallies is not None:
+                self.tallies.launched_on(self._stream)
         if key is not None and not self._pending:
             graph = self._graphs.get(key)
             if graph is None or len(graph.tensors) != len(self.layers):
@@ -294,7 +301,15 @@ class CudaMeter:
         if graph.table is None:
             self._finish(graph)
         assert graph.table is not None
-        self._launcher.launch(graph.table, graph.span.valid(tokens), row_start=graph.span.start, strides=graph.strides)
+        span, n = graph.span, graph.span.valid(tokens)
+        owners = self._owners(span, n)
+        self._launcher.launch(graph.table, n, row_start=span.start, strides=graph.strides, slot_of_row=owners)
+
+    def _owners(self, span: Span, n: int) -> Tensor | None:
+        """Whose the rows are that a launch counts, where requests are traced."""
+        if self.tallies is None or self.capture == "ingraph":
+            return None
+        return self.tallies.rows(span.start, span.skip, n)
 
     def _finish(self, graph: Retained) -> None:
         """First replay of a graph: its addresses go to the device, and all layers must agree in form."""
@@ -332,6 +347,7 @@ class CudaMeter:
             row_start=span.start,
             row_of=None if whole else torch.tensor(layers, dtype=torch.int32).to(self._device, non_blocking=True),
             strides=(first_logits.stride(0), first_ids.stride(0)),
+            slot_of_row=self._owners(span, span.valid(tokens)),
         )
         self._done.update(layers)
         # The stream's order protects the memory: whoever gets it next writes after our kernel has read.

@@ -27,18 +27,13 @@ import torch
 from torch import Tensor
 
 from moe_monitor.capture.meter import fixed, row_stats
-from moe_monitor.layout import FIXED_POINT, RowLayout, edges
+from moe_monitor.layout import FIXED_POINT, NO_ENTROPY, TALLY_COLUMNS, RowLayout, edges
 
 try:
     import triton
     import triton.language as tl
 except Exception:  # absent, or broken: either way there is no kernel, and CPU code beside this must still import
     triton = None
-
-#: Columns of a request's tally per layer; ratios in fixed point, nonfinite tokens left out of them as in the rows.
-TALLY_COLUMNS = ("prefill", "decode", "entropy_sum", "entropy_min", "top1_sum", "mass_sum", "nonfinite", "spare")
-#: What the host writes into ``entropy_min`` when it hands out a slot; stays while no finite token came.
-NO_ENTROPY = 1 << 40
 
 #: Widths (powers of two) of the kernel's vectors: columns of per-token histograms, columns that part 0 adds to.
 _WIDE, _NARROW = 64, 32

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_monitor.layout import FIXED_POINT, HISTOGRAMS, SCALARS, RowLayout, edges
+
+if TYPE_CHECKING:
+    from moe_monitor.capture.tallies import HostTallies
 
 
 class Decision(NamedTuple):
@@ -162,6 +165,8 @@ class Meter:
         self._pending_bytes = 0
         self._pending_limit = pending_limit
         self._seen = np.zeros(len(self.layers), dtype=bool)
+        #: Where traced requests are tallied; None where none are.
+        self.tallies: HostTallies | None = None
 
     def begin_pass(self, tokens: int) -> None:
         """``tokens`` real tokens come first in every router's rows until :meth:`end_pass`."""
@@ -205,12 +210,11 @@ class Meter:
         layers = [d.layer for d in self._pending]
         if self._seen[layers].any() or len(set(layers)) != len(layers):
             raise RuntimeError(f"a layer was routed twice in one pass: {[self.layers[i] for i in layers]}")
-        rows = accumulate(
-            torch.stack([d.logits for d in self._pending]),
-            torch.stack([d.ids for d in self._pending]),
-            self.scoring,
-            self.layout,
-        )
+        logits = torch.stack([d.logits for d in self._pending])
+        ids = torch.stack([d.ids for d in self._pending])
+        rows = accumulate(logits, ids, self.scoring, self.layout)
+        if self.tallies is not None:
+            self.tallies.add(logits, ids, self.scoring, layers)
         fresh = self.rows.copy()
         fresh[layers] += rows.numpy()
         self.rows = fresh

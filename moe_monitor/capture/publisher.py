@@ -16,6 +16,7 @@ from moe_monitor import statistics
 from moe_monitor.board import BoardWriter, remove_dead_boards
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.layout import FIXED_POINT, RowLayout
+from moe_monitor.records import RecordWriter, Tally, record_segments
 from moe_monitor.snapshot import STATUS_SEGMENT, routing_segment
 
 
@@ -33,6 +34,19 @@ class Source(Protocol):
     def passes(self) -> int: ...
 
     def read(self) -> Reading: ...
+
+
+class Requests(Protocol):
+    """Where finished traced requests come from; ``drain`` takes at most so many and may wait for a device copy."""
+
+    @property
+    def pending(self) -> bool: ...
+
+    def drain(self, limit: int) -> list[Tally]: ...
+
+
+#: Finished requests are handed over so often, whatever the publishing interval. Seconds.
+HAND_OVER = 0.4
 
 
 class Publisher:
@@ -53,16 +67,21 @@ class Publisher:
         interval: float,
         log_interval: float,
         logger: logging.Logger,
+        requests: Requests | None = None,
     ) -> None:
         self._fuse = fuse
         self._source = source
         self._interval = interval
         self._identity = identity
         self._summary = Summary(identity, log_interval, logger) if source is not None and log_interval else None
-        segments = {"status": STATUS_SEGMENT}
+        segments: dict[str, Any] = {"status": STATUS_SEGMENT}
         if source is not None:
             segments["routing"] = routing_segment(len(identity["layers"]), RowLayout(identity["experts"]).width)
+        self._requests = requests if source is not None else None
+        if self._requests is not None:
+            segments |= record_segments(len(identity["layers"]), identity["experts"])
         self._board = BoardWriter(directory, name, identity, segments)
+        self._records = RecordWriter(self._board, segments)
         remove_dead_boards(directory)
         self._published = -1
         self._wake = threading.Event()
@@ -73,11 +92,16 @@ class Publisher:
         self._thread.start()
 
     def _run(self) -> None:
+        due = time.monotonic() + self._interval
         while not self._stopping:
-            self._wake.wait(self._interval)
+            wait = due - time.monotonic()
+            woken = self._wake.wait(max(0.0, wait if self._requests is None else min(wait, HAND_OVER)))
             self._wake.clear()
             try:
-                self.publish()
+                self.hand_over()
+                if woken or time.monotonic() >= due:
+                    due = time.monotonic() + self._interval
+                    self.publish()
             except Exception as error:
                 self._fuse.blow("publish", error)
                 self._last_words()
@@ -94,6 +118,12 @@ class Publisher:
             if self._summary is not None:
                 self._summary.maybe_log(reading.rows)
         self._write_status()
+
+    def hand_over(self) -> None:
+        """Write what traced requests have finished. Raises what the board or the device copy raise."""
+        requests = self._requests
+        if requests is not None and requests.pending and not self._fuse.blown:
+            self._records.write(requests.drain(self._records.at_once))
 
     def _write_status(self) -> None:
         self._board.write("status", {"json": self._fuse.status.to_array()})

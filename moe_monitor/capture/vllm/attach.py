@@ -22,6 +22,8 @@ from moe_monitor.capture.cuda import CudaMeter
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.meter import Meter
 from moe_monitor.capture.publisher import Publisher, Reading
+from moe_monitor.capture.requests import New, Tracer
+from moe_monitor.capture.tallies import DeviceTallies, HostTallies, slot_bytes
 from moe_monitor.capture.vllm import op
 from moe_monitor.capture.vllm.context import NotLive, Parallel, graph_key
 from moe_monitor.capture.vllm.plugin import SERVER_VARIABLE
@@ -93,6 +95,13 @@ def placement_of(runner: Any) -> dict[str, Any] | None:
     return {"rank": int(config.ep_rank), "size": int(config.ep_size), "experts": local}
 
 
+def _new(request: Any) -> New:
+    extra_args = None if request.sampling_params is None else request.sampling_params.extra_args
+    prompt = request.prompt_token_ids
+    length = len(request.prompt_embeds) if prompt is None else len(prompt)
+    return New(request.req_id, length, request.num_computed_tokens, extra_args)
+
+
 def _parallel(config: Any) -> Parallel:
     from vllm.distributed import get_tensor_model_parallel_rank
 
@@ -112,6 +121,8 @@ class Capture:
         self.fuse = Fuse(logger)
         self.meter: Meter | CudaMeter | None = None
         self.publisher: Publisher | None = None
+        #: Which requests are traced; None where none are.
+        self.tracer: Tracer | None = None
         #: Key of the graph under capture, where the model runner knows it and the forward context does not.
         self.capturing: Hashable | None = None
         #: Key of the graph that was replayed in this pass, likewise.
@@ -155,18 +166,29 @@ class Capture:
             identity["ep"] = placement
         if self._parallel.tp_rank and not layers[0][1].moe_config.is_sequence_parallel:
             return identity  # tensor-parallel ranks route the same tokens the same way; the first one counts
+        settings = self._settings
+        room = (settings.device_memory_mib << 20) // 4 // slot_bytes(len(indices), common.experts)
+        slots = min(settings.max_traced, room)
         if model_runner.device.type == "cuda":
-            self.meter = CudaMeter(
+            on_device = DeviceTallies(slots, len(indices), common.experts) if slots else None
+            self.meter = meter = CudaMeter(
                 indices,
                 common.experts,
                 common.top_k,
                 common.scoring,
-                memory_limit=self._settings.device_memory_mib << 20,
-                forced=self._settings.capture,
+                memory_limit=settings.device_memory_mib << 20,
+                tallies=on_device,
+                forced=settings.capture,
             )
+            if on_device is not None:
+                possible = lambda: meter.capture != "ingraph"  # noqa: E731
+                self.tracer = Tracer(on_device, settings.sample_ratio, self.fuse.status, possible=possible)
             wrap, self.fuse.status.capture = self._wrap_opaque, self.meter.capture
         else:
             self.meter = Meter(indices, common.experts, common.scoring)
+            if slots:
+                self.meter.tallies = HostTallies(slots, len(indices), common.experts)
+                self.tracer = Tracer(self.meter.tallies, settings.sample_ratio, self.fuse.status)
             wrap, self.fuse.status.capture = self._wrap_traced, "op"
             op.set_observer(self.observe)
             self._mark_compile_cache(model_runner.vllm_config)
@@ -263,6 +285,7 @@ class Capture:
                 interval=settings.interval,
                 log_interval=settings.log_interval,
                 logger=logger,
+                requests=self.tracer,
             )
         except Exception as error:
             self.detach()
@@ -296,6 +319,22 @@ class Capture:
             key = graph_key()
             key = self.capturing if key is None else key
             self.meter.observe(layer, logits, ids, key, self._parallel.span(logits.shape[0]))
+
+    def begin_step(self, scheduled: Any) -> None:
+        """The scheduler has decided on a step, with or without a pass; ``scheduled`` is its output."""
+        if self.fuse.blown or self.tracer is None:
+            return
+        with self.fuse.guard("requests"):
+            new = [_new(request) for request in scheduled.scheduled_new_reqs]
+            preempted = scheduled.preempted_req_ids or ()
+            self.tracer.step(new, preempted, scheduled.finished_req_ids, scheduled.num_scheduled_tokens)
+
+    def trace_rows(self, batch: Any, tokens: int, scheduled: Any, computed: Any) -> None:
+        """Whose the rows of the coming pass are; ``batch`` is the model runner's, ``scheduled`` by request id."""
+        if self.fuse.blown or self.tracer is None:
+            return
+        with self.fuse.guard("requests"):
+            self.tracer.rows(batch.req_ids, tokens, scheduled, computed)
 
     def begin_pass(self, tokens: int) -> None:
         """A real pass of ``tokens`` tokens is about to run."""

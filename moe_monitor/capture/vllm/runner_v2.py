@@ -28,7 +28,7 @@ def patch_runner(module: ModuleType) -> None:
 def _patch_steps(runner: Any, capture: Capture) -> None:
     global _active
     _active = capture
-    execute_model = runner.execute_model
+    execute_model, prepare_inputs = runner.execute_model, runner.prepare_inputs
 
     @functools.wraps(execute_model)
     def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -36,7 +36,10 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
         tokens = scheduler_output.total_num_scheduled_tokens
         if kwargs.get("dummy_run", len(args) > 1 and args[1]) or tokens == 0:
             capture.begin_dummy()
+            if tokens == 0:
+                capture.begin_step(scheduler_output)  # requests may have finished
             return execute_model(scheduler_output, *args, **kwargs)
+        capture.begin_step(scheduler_output)
         capture.begin_pass(tokens)
         result = execute_model(scheduler_output, *args, **kwargs)
         state = runner.execute_model_state
@@ -45,7 +48,16 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
             capture.end_pass(int(state.input_batch.num_tokens))
         return result
 
+    @functools.wraps(prepare_inputs)
+    def prepare(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        # Never called for dummy passes; what it returns is the order of the rows.
+        batch = prepare_inputs(scheduler_output, *args, **kwargs)
+        scheduled = scheduler_output.num_scheduled_tokens
+        capture.trace_rows(batch, int(batch.num_tokens), scheduled, batch.num_computed_tokens_np)
+        return batch
+
     runner.execute_model = execute
+    runner.prepare_inputs = prepare
 
 
 def patch_graphs(module: ModuleType) -> None:

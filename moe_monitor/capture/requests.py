@@ -1,0 +1,229 @@
+"""Which requests are traced, and what becomes of them: sampling, slots, rows of a pass, hand-over.
+
+Knows nothing of vLLM or of devices. The thread that runs the model calls :meth:`Tracer.step` and :meth:`Tracer.rows`;
+the publisher's thread calls :meth:`Tracer.drain`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_monitor.capture.tallies import Codes, Store
+from moe_monitor.records import Meta, Tally, short_id
+from moe_monitor.snapshot import Status
+
+#: Name of the wish in a request's ``vllm_xargs``.
+WISH = "moe_trace"
+
+#: A traced request without a token for so long is given up: its end got lost. Seconds, and how often this is looked at.
+LOST_AFTER, LOOK_FOR_LOST = 3600.0, 60.0
+
+_WISHES = {0: False, 1: True, "0": False, "1": True, "false": False, "true": True}
+
+#: vLLM names the sequences of a request with n > 1 by a number in front of the request's own id.
+_SIBLING = re.compile(r"^\d+_")
+
+
+class New(NamedTuple):
+    """A request that is scheduled for the first time; ``cached``: tokens found in the prefix cache."""
+
+    id: str
+    prompt_tokens: int
+    cached: int
+    extra_args: Mapping[str, Any] | None
+
+
+def wish(extra_args: Mapping[str, Any] | None) -> bool | None:
+    """What the request itself asks for; None when it does not say. Raises ValueError for what is neither 1 nor 0."""
+    value = None if extra_args is None else extra_args.get(WISH)
+    if value is None:
+        return None
+    try:
+        return _WISHES[value.strip().lower() if isinstance(value, str) else value]
+    except (KeyError, TypeError):
+        raise ValueError(f"{WISH} must be 1 or 0") from None
+
+
+def chosen(request_id: str, ratio: float) -> bool:
+    """Whether chance picks this request: a hash, so that all ranks agree. Sequences of one request share their fate."""
+    name = _SIBLING.sub("", request_id).encode("utf-8", "replace")
+    return int.from_bytes(blake2b(name, digest_size=8).digest(), "big") < ratio * 2.0**64
+
+
+@dataclass
+class _Traced:
+    id: str
+    slot: int
+    prompt_tokens: int
+    cached: int
+    started: float
+    seen: float
+    preemptions: int = 0
+
+
+class Tracer:
+    """The traced requests of one rank.
+
+    store: where they are tallied. dropped: counters of what is given up (of the rank's :class:`Status`). possible:
+    asked before a request is taken; False counts it as dropped.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        ratio: float,
+        status: Status,
+        *,
+        possible: Callable[[], bool] = lambda: True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._ratio = ratio
+        self._status = status
+        self._possible = possible
+        self._clock = clock
+        self._looked = clock()
+        self._free = deque(range(store.slots))
+        self._live: dict[str, _Traced] = {}
+        self._done: deque[tuple[int, Meta | None]] = deque()
+        self._ids: list[str] = []
+        self._codes: Codes | None = None
+        self._steady = False
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._live)
+
+    @property
+    def pending(self) -> bool:
+        """Whether :meth:`drain` has something to do."""
+        return bool(self._done)
+
+    # the thread that runs the model
+
+    def step(
+        self,
+        new: Iterable[New],
+        preempted: Collection[str],
+        finished: Collection[str],
+        scheduled: Collection[str],
+    ) -> None:
+        """What the scheduler decided for the coming step, with or without a pass."""
+        self._store.set_rows(None)  # until :meth:`rows` says more
+        if self._live:
+            if preempted or finished:
+                for name in finished:
+                    self._end(name)
+                for name in preempted:
+                    if name in self._live:
+                        self._live[name].preemptions += 1
+                self._steady = False
+            now = self._clock()
+            if now - self._looked >= LOOK_FOR_LOST:
+                self._looked = now
+                self._give_up_lost(scheduled, now)
+        for request in new:
+            self._steady = False
+            self._admit(request)
+
+    def _admit(self, request: New) -> None:
+        if request.id in self._live:  # resumed after preemption, or one more turn of a session
+            self._live[request.id].prompt_tokens = request.prompt_tokens
+            return
+        try:
+            wanted = wish(request.extra_args)
+        except ValueError:
+            wanted = None
+            self._drop("bad_moe_trace")
+        if not (chosen(request.id, self._ratio) if wanted is None else wanted):
+            return
+        if not self._free or not self._possible():
+            self._drop("traced_requests")
+            return
+        slot = self._free.popleft()
+        self._live[request.id] = _Traced(
+            request.id, slot, request.prompt_tokens, request.cached, time.time(), self._clock()
+        )
+        self._status.sampled += 1
+
+    def _end(self, request_id: str) -> None:
+        traced = self._live.pop(request_id, None)
+        if traced is None:
+            return
+        meta = Meta(
+            id=short_id(traced.id),
+            prompt_tokens=traced.prompt_tokens,
+            cached_tokens=traced.cached,
+            preemptions=traced.preemptions,
+            started=traced.started,
+            finished=time.time(),
+        )
+        self._done.append((traced.slot, meta))
+
+    def _give_up_lost(self, scheduled: Collection[str], now: float) -> None:
+        for request_id, traced in list(self._live.items()):
+            if request_id in scheduled:
+                traced.seen = now
+            elif now - traced.seen >= LOST_AFTER:
+                del self._live[request_id]
+                self._done.append((traced.slot, None))
+                self._drop("lost_requests")
+                self._steady = False
+
+    def _drop(self, what: str) -> None:
+        self._status.dropped[what] = self._status.dropped.get(what, 0) + 1
+
+    def rows(self, ids: Sequence[str], tokens: int, scheduled: Mapping[str, int], computed: NDArray[Any]) -> None:
+        """Whose the rows of the coming pass are: ``scheduled[id]`` rows for each of ``ids``, in this order, beginning
+        at position ``computed`` of the request; ``tokens`` in all.
+        """
+        if not self._live:
+            codes = None
+        elif self._steady and tokens == len(ids) and ids == self._ids:
+            codes = self._codes  # one more token each for the same requests: nothing changes
+        else:
+            codes = self._attribute(ids, tokens, scheduled, computed)
+        self._codes = codes
+        self._store.set_rows(codes)
+
+    def _attribute(
+        self, ids: Sequence[str], tokens: int, scheduled: Mapping[str, int], computed: NDArray[Any]
+    ) -> Codes | None:
+        self._steady = False
+        n = [scheduled[i] for i in ids]
+        if sum(n) != tokens:
+            # The model runner dropped rows and does not say whose: better no attribution than a wrong one.
+            self._drop("unattributed_passes")
+            return None
+        codes = np.full(tokens, -1, dtype=np.int32)
+        at, decoding = 0, True
+        for i, request in enumerate(ids):
+            traced = self._live.get(request)
+            if traced is not None:
+                prefill = min(max(traced.prompt_tokens - int(computed[i]), 0), n[i])
+                codes[at : at + prefill] = 2 * traced.slot
+                codes[at + prefill : at + n[i]] = 2 * traced.slot + 1
+                decoding &= prefill == 0
+            at += n[i]
+        self._ids, self._steady = list(ids), decoding and tokens == len(ids)
+        return codes if (codes >= 0).any() else None
+
+    # the publisher's thread
+
+    def drain(self, limit: int) -> list[Tally]:
+        """At most ``limit`` finished requests with their tallies; their slots are free afterwards."""
+        done = [self._done.popleft() for _ in range(min(limit, len(self._done)))]
+        if not done:
+            return []
+        taken = self._store.take([slot for slot, _ in done])
+        self._free.extend(slot for slot, _ in done)
+        return [Tally(meta, *tally) for (_, meta), tally in zip(done, taken, strict=True) if meta is not None]

@@ -1,0 +1,189 @@
+"""Where traced requests are tallied: in host memory for CPUs, on the device for CUDA.
+
+Slots are handed out and written to by the thread that runs the model. A slot that is handed back belongs to the
+publisher's thread, which takes what is in it and clears it; only then is it handed out again. So no lock is needed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe_monitor.capture.kernels import Tallies, tally_reference
+from moe_monitor.layout import NO_ENTROPY, TALLY_COLUMNS
+
+_ENTROPY_MIN = TALLY_COLUMNS.index("entropy_min")
+
+Codes = NDArray[np.int32]
+Taken = list[tuple[NDArray[np.int32], NDArray[np.int64]]]
+
+
+def slot_bytes(layers: int, experts: int) -> int:
+    """Memory of one slot."""
+    return layers * (2 * experts * 4 + len(TALLY_COLUMNS) * 8)
+
+
+class Store(Protocol):
+    """``set_rows`` says whose the rows of the coming pass are: slot * 2 + phase per row, -1 untraced; None: nobody's.
+    ``take`` copies and clears slots that are no longer written to; it may wait for the device.
+    """
+
+    slots: int
+
+    def set_rows(self, codes: Codes | None) -> None: ...
+
+    def take(self, slots: Sequence[int]) -> Taken: ...
+
+
+class HostTallies:
+    """Tallies of a model on a CPU."""
+
+    def __init__(self, slots: int, layers: int, experts: int) -> None:
+        self.slots = slots
+        self._layers, self._experts = layers, experts
+        self._counts = np.zeros((slots, layers, 2, experts), dtype=np.int32)
+        self._stats = np.zeros((slots, layers, len(TALLY_COLUMNS)), dtype=np.int64)
+        self._stats[..., _ENTROPY_MIN] = NO_ENTROPY
+        self._codes: Codes | None = None
+
+    def set_rows(self, codes: Codes | None) -> None:
+        self._codes = codes
+
+    def add(self, logits: Tensor, ids: Tensor, scoring: str, layers: Sequence[int]) -> None:
+        """Some layers' decisions of the pass: ``logits`` [layers, tokens, experts], ``ids`` [layers, tokens, k]."""
+        codes = self._codes
+        if codes is None:
+            return
+        if len(codes) != logits.shape[1]:
+            raise ValueError(f"{len(codes)} rows are attributed to requests, the router saw {logits.shape[1]}")
+        # Only the slots of this batch are touched: the others may be in the publisher's hands.
+        slots, local = np.unique(codes[codes >= 0] // 2, return_inverse=True)
+        own = np.full_like(codes, -1)
+        own[codes >= 0] = local * 2 + codes[codes >= 0] % 2
+        part = Tallies.empty(len(slots), self._layers, self._experts, "cpu")
+        tally_reference(logits, ids, scoring, torch.from_numpy(own), part, layers)
+        stats = part.stats.numpy()
+        least = np.minimum(self._stats[slots, :, _ENTROPY_MIN], stats[..., _ENTROPY_MIN])
+        self._counts[slots] += part.counts.numpy()
+        self._stats[slots] += stats
+        self._stats[slots, :, _ENTROPY_MIN] = least
+
+    def take(self, slots: Sequence[int]) -> Taken:
+        taken = [(self._counts[slot].copy(), self._stats[slot].copy()) for slot in slots]
+        for slot in slots:
+            self._counts[slot] = 0
+            self._stats[slot] = 0
+            self._stats[slot, :, _ENTROPY_MIN] = NO_ENTROPY
+        return taken
+
+
+class DeviceTallies:
+    """Tallies of a model on a CUDA device. Everything is queued on the model's own stream, so order is its order.
+
+    Made on the first router's pass, when the device is known: see :meth:`set_up`.
+    """
+
+    #: Slots taken in one go, and attributions on their way to the device at once.
+    _BATCH, _RING = 32, 16
+
+    def __init__(self, slots: int, layers: int, experts: int) -> None:
+        self.slots = slots
+        self._shape = (slots, layers, experts)
+        self.tallies: Tallies | None = None
+        self._codes: Codes | None = None
+        self._sent: tuple[Codes, int, int, int] | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    @property
+    def bytes(self) -> int:
+        slots, layers, experts = self._shape
+        return slots * slot_bytes(layers, experts)
+
+    @torch.inference_mode(False)
+    def set_up(self, device: torch.device) -> Tallies:
+        slots, layers, experts = self._shape
+        self._device, self._pinned = device, device.type == "cuda"
+        self.tallies = made = Tallies.empty(slots, layers, experts, device)
+        n, pin = self._BATCH, self._pinned
+        self._counts_out = torch.empty((n, *made.counts.shape[1:]), dtype=torch.int32, pin_memory=pin)
+        self._stats_out = torch.empty((n, *made.stats.shape[1:]), dtype=torch.int64, pin_memory=pin)
+        self._index = torch.zeros(n, dtype=torch.int64, pin_memory=pin)
+        self._index_device = torch.zeros(self._BATCH, dtype=torch.int64, device=device)
+        self._reserve(1024)
+        self.take([0])  # loads the kernels now rather than while serving
+        return made
+
+    @torch.inference_mode(False)
+    def _reserve(self, rows: int) -> None:
+        self._rows = torch.empty((self._RING, rows), dtype=torch.int32, device=self._device)
+        self._rows_host = torch.empty((self._RING, rows), dtype=torch.int32, pin_memory=self._pinned)
+        self._rows_numpy = self._rows_host.numpy()
+        self._at = 0
+
+    def set_rows(self, codes: Codes | None) -> None:
+        self._codes = codes
+
+    def rows(self, start: int, skip: int, n: int) -> Tensor | None:
+        """The attribution on the device for a launch over ``n`` router rows from ``start`` on, of which the first is
+        the batch's row ``skip``. None: nobody is traced, and the cheaper kernel will do.
+
+        Indexed as the router's rows are. Sent only when it has changed.
+        """
+        codes = self._codes
+        if codes is None or n <= 0:
+            return None
+        if self._sent is not None and self._sent[0] is codes and self._sent[1:] == (start, skip, n):
+            return self._rows[self._at]
+        if skip + n > len(codes):
+            raise ValueError(f"{len(codes)} rows are attributed to requests, the router saw {skip + n}")
+        if start + n > self._rows.shape[1]:
+            self._reserve(2 * (start + n))
+        # A ring: what an earlier pass still reads stays as it is.
+        self._at = (self._at + 1) % self._RING
+        span = slice(start, start + n)
+        self._rows_numpy[self._at, span] = codes[skip : skip + n]
+        self._rows[self._at, span].copy_(self._rows_host[self._at, span], non_blocking=True)
+        self._sent = (codes, start, skip, n)
+        return self._rows[self._at]
+
+    def launched_on(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+
+    @torch.inference_mode(False)
+    def take(self, slots: Sequence[int]) -> Taken:
+        if self.tallies is None:
+            raise RuntimeError("tallies are asked for before the first pass")
+        taken: Taken = []
+        for first in range(0, len(slots), self._BATCH):
+            batch = list(slots[first : first + self._BATCH])
+            self._index[:] = torch.tensor(batch + batch[-1:] * (self._BATCH - len(batch)))
+            if self._stream is None:
+                self._queue_take()
+                if self._pinned:
+                    torch.cuda.current_stream(self._device).synchronize()
+            else:
+                with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                    self._queue_take()
+                    done = self._stream.record_event()
+                while not done.query():
+                    time.sleep(0.001)
+            counts, stats = self._counts_out.numpy(), self._stats_out.numpy()
+            taken += [(counts[i].copy(), stats[i].copy()) for i in range(len(batch))]
+        return taken
+
+    def _queue_take(self) -> None:
+        assert self.tallies is not None
+        counts, stats = self.tallies
+        index = self._index_device
+        index.copy_(self._index, non_blocking=True)
+        self._counts_out.copy_(counts.index_select(0, index), non_blocking=True)
+        self._stats_out.copy_(stats.index_select(0, index), non_blocking=True)
+        counts.index_fill_(0, index, 0)
+        stats.index_fill_(0, index, 0)
+        stats[..., _ENTROPY_MIN].index_fill_(0, index, NO_ENTROPY)

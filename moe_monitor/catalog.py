@@ -21,6 +21,10 @@ PROBABILITY_BUCKETS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8,
 MASS_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 ACTIVE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 PER_TOKEN_BUCKETS = (0, 1, 2, 4, 6, 8, 10, 12, 16)
+CONCENTRATION_BUCKETS = (0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8)
+DRIFT_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+PER_OUTPUT_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 #: Trailing windows of the imbalance gauges: label value -> seconds.
 WINDOWS = {"1m": 60.0, "5m": 300.0}
@@ -248,6 +252,58 @@ METRICS: tuple[Metric, ...] = (
         "Expert-parallel rank imbalance of the baseline's load on the present placement.",
         ("layer",),
     ),
+    # traced requests; each is counted once, by the API server that answered it
+    Metric(
+        "moe_request_entropy_ratio",
+        "histogram",
+        "ratio",
+        "Mean router entropy over ln(experts) of a traced request's tokens, over all layers.",
+        (),
+        ENTROPY_BUCKETS,
+    ),
+    Metric(
+        "moe_request_concentration_ratio",
+        "histogram",
+        "ratio",
+        "Busiest expert's load of a traced request over what uniform routing of as many tokens would show by chance, "
+        "mean over layers: 1 is no more concentrated than chance.",
+        (),
+        CONCENTRATION_BUCKETS,
+    ),
+    Metric(
+        "moe_request_drift_bits",
+        "histogram",
+        "bits",
+        "Jensen-Shannon divergence of a traced request's expert load from the engine's load of the last five minutes, "
+        "mean over layers. Short requests differ more by chance.",
+        (),
+        DRIFT_BUCKETS,
+    ),
+    Metric(
+        "moe_request_e2e_seconds",
+        "histogram",
+        "seconds",
+        "Latency of traced requests, from arrival to the last token, by quartile of concentration among recent traced "
+        "requests: 1 the least concentrated.",
+        ("quartile",),
+        LATENCY_BUCKETS,
+    ),
+    Metric(
+        "moe_request_ttft_seconds",
+        "histogram",
+        "seconds",
+        "Time to first token of traced requests, by quartile of concentration.",
+        ("quartile",),
+        LATENCY_BUCKETS,
+    ),
+    Metric(
+        "moe_request_tpot_seconds",
+        "histogram",
+        "seconds",
+        "Time per output token after the first of traced requests, by quartile of concentration.",
+        ("quartile",),
+        PER_OUTPUT_TOKEN_BUCKETS,
+    ),
     # the model
     Metric("moe_model_experts", "gauge", "experts", "Logical experts of each MoE layer."),
     Metric("moe_model_top_k", "gauge", "experts", "Experts that the model routes each token to."),
@@ -272,6 +328,7 @@ METRICS: tuple[Metric, ...] = (
         "Failures inside the monitor. The first failure in the engine process switches capture off.",
         ("where",),
     ),
+    Metric("moe_monitor_sampled_requests_total", "counter", "requests", "Requests whose tracing began."),
     Metric("moe_monitor_dropped_total", "counter", "items", "What was given up to stay within bounds.", ("what",)),
     Metric(
         "moe_monitor_snapshot_age_seconds",

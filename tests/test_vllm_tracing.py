@@ -6,7 +6,13 @@ spans arrive at a real OTLP receiver.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +22,12 @@ import numpy as np
 import pytest
 from oracle import Oracle, entropy_ratio
 from otlp import Receiver
-from serving import eventually, serving
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from serving import eventually, only, select, serving
 from test_vllm_exact import BATCH, Traffic, matrix
 
+from moe_monitor.export.collector import MoeCollector
+from moe_monitor.export.exporter import Exporter
 from moe_monitor.layout import FIXED_POINT
 from moe_monitor.records import RecordReader, RequestRecord
 
@@ -133,3 +142,126 @@ def test_each_request_gets_what_it_routed(traced: Traced) -> None:
     assert sorted(lengths.values()) == sorted([70, 90, *PROMPTS, 25, 25, 25, 50, 50, 50, 50])
     total = sum(record.counts.sum(1) for record in records.found)
     assert np.array_equal(total, matrix(traced.server))
+
+
+def test_each_request_has_one_span_under_vllms(traced: Traced) -> None:
+    """Of those that were answered: aborted requests have no ``llm_request`` to stand under."""
+    parents = eventually(lambda: len(p := traced.receiver.named("llm_request")) >= 19 and p, 10)
+    children = eventually(lambda: len(c := traced.receiver.named("moe.routing")) >= 19 and c, 10)
+    assert len(parents) == len(children) == 19  # 14 requests, 3 sequences of one, 2 that tell how aborted ones go on
+    by_id = {span.span_id: span for _, span, _ in parents}
+    assert {span.parent_span_id for _, span, _ in children} == set(by_id)
+    for _, span, found in children:
+        parent = by_id[span.parent_span_id]
+        assert span.trace_id == parent.trace_id
+        assert (span.start_time_unix_nano, span.end_time_unix_nano) == (
+            parent.start_time_unix_nano,
+            parent.end_time_unix_nano,
+        )
+        assert (found["moe.model"], found["moe.layers"], found["moe.experts"], found["moe.top_k"]) == ("tiny", 4, 64, 8)
+        assert 0 <= found["moe.router.entropy.min"] <= found["moe.router.entropy.mean"] <= 1
+        assert found["moe.imbalance.max"] >= found["moe.imbalance.mean"] >= 1
+        assert found["moe.concentration"] > 0
+        assert 0 <= found["moe.drift.bits"] <= 1
+        assert len(found["moe.top_experts"]) == 4
+        assert not any(key.startswith("gen_ai") for key in found)
+    computed = sum(found["moe.tokens.prefill"] + found["moe.tokens.decode"] for _, _, found in children)
+    aborted = [r for r in traced.records.found if r.meta.id.rsplit("-", 1)[0] in ("cmpl-r16-0", "cmpl-r18-0")]
+    cut = sum(int(r.column("prefill")[0] + r.column("decode")[0]) for r in aborted)
+    assert computed + cut == only(traced.server.metrics(), "moe_routed_tokens_total", layer="0")
+
+
+def test_a_span_comes_within_three_seconds_on_an_idle_server(traced: Traced) -> None:
+    """And the caller's trace is continued: this one says that it is sampled."""
+    trace, caller = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    traced.server.complete(traced.prompt(9), "idle", {"traceparent": f"00-{trace}-{caller}-01"}, max_tokens=5)
+    done = time.time()
+    mine = eventually(
+        lambda: [s for s in traced.receiver.named("moe.routing") if s[1].trace_id.hex() == trace], seconds=4
+    )
+    ((arrived, span, found),) = mine
+    print(f"span after {arrived - done:.2f} s")
+    assert arrived - done < 3
+    assert (found["moe.tokens.prefill"], found["moe.tokens.decode"]) == (9, 4)
+    (parent,) = eventually(
+        lambda: [s for s in traced.receiver.named("llm_request") if s[1].trace_id.hex() == trace], seconds=8
+    )
+    assert span.parent_span_id == parent[1].span_id
+    assert parent[1].parent_span_id.hex() == caller
+
+
+def test_who_is_not_traced_has_no_span(traced: Traced) -> None:
+    """A request that does not want it, and one whose caller's trace is not sampled; a bad wish is ignored."""
+    server = traced.server
+    before = only(server.metrics(), "moe_monitor_sampled_requests_total")
+    server.complete(traced.prompt(5), "not", max_tokens=2, vllm_xargs={"moe_trace": 0})
+    unsampled = {"traceparent": "00-aaf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00"}
+    server.complete(traced.prompt(5), "unsampled", unsampled, max_tokens=2)
+    server.complete(traced.prompt(5), "bad", max_tokens=2, vllm_xargs={"moe_trace": "perhaps"})
+    samples = eventually(
+        lambda: (s := server.metrics()) and select(s, "moe_monitor_dropped_total", what="bad_moe_trace") and s, 3
+    )
+    assert only(samples, "moe_monitor_dropped_total", what="bad_moe_trace") == 1
+    assert only(samples, "moe_monitor_sampled_requests_total") == before + 1
+    eventually(lambda: traced.records.of("cmpl-bad-0"), 3)
+    for name in ("cmpl-not-0", "cmpl-unsampled-0"):
+        assert not [r for r in traced.records.found if r.meta.id.startswith(name)]
+
+
+def test_request_metrics_count_each_answered_request_once(traced: Traced) -> None:
+    samples = eventually(
+        lambda: (s := traced.server.metrics()) and only(s, "moe_request_entropy_ratio_count") == 21 and s, 3
+    )
+    for name in ("moe_request_concentration_ratio", "moe_request_drift_bits"):
+        assert only(samples, f"{name}_count", model_name="tiny", engine="0") == 21
+    for name in ("moe_request_e2e_seconds", "moe_request_ttft_seconds", "moe_request_tpot_seconds"):
+        by_quartile = select(samples, f"{name}_count")
+        assert {dict(labels)["quartile"] for labels in by_quartile} == {"1", "2", "3", "4"}
+        assert sum(by_quartile.values()) == 21
+    total = sum(select(samples, "moe_request_e2e_seconds_sum").values())
+    assert total < only(samples, "vllm:e2e_request_latency_seconds_sum")  # of all requests
+    assert total > 0.5 * only(samples, "vllm:e2e_request_latency_seconds_sum")
+
+
+def test_the_exporter_and_the_terminal_tell_of_requests(traced: Traced) -> None:
+    exporter = Exporter(MoeCollector(traced.server.run_dir, max_series=None), "127.0.0.1", 0)
+    exporter.start()
+    try:
+        with urllib.request.urlopen(f"{exporter.url}/requests?limit=3") as answer:
+            told = json.load(answer)
+        metrics = urllib.request.Request(f"{exporter.url}/metrics", headers={"accept": "application/openmetrics-text"})
+        with urllib.request.urlopen(metrics) as answer:
+            families = {f.name: f for f in parse_openmetrics(answer.read().decode())}
+    finally:
+        exporter.stop()
+    assert [r["id"].rsplit("-", 1)[0] for r in told[:1]] == ["cmpl-bad-0"], "newest first"
+    assert len(told) == 3
+    known = {span.trace_id.hex() for _, span, _ in traced.receiver.named("moe.routing")}
+    buckets = families["moe_request_concentration_ratio"].samples
+    exemplars = [s.exemplar for s in buckets if s.exemplar]
+    assert exemplars
+    assert {e.labels["trace_id"] for e in exemplars} <= known
+    command = [sys.executable, "-m", "moe_monitor.cli.main", "request", "cmpl-idle-0", "--json"]
+    environment = {**os.environ, "MOE_MONITOR_DIR": str(traced.server.run_dir)}
+    (shown,) = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+    assert (shown["prefill_tokens"], shown["decode_tokens"], len(shown["layers"])) == (9, 4, 4)
+
+
+def test_without_a_receiver_serving_and_metrics_go_on(traced: Traced) -> None:
+    """Last in this file: it takes the receiver away."""
+    traced.receiver.stop()
+    before = only(traced.server.metrics(), "moe_request_entropy_ratio_count")
+    for _ in range(5):
+        traced.send(traced.prompt(12), max_tokens=4)
+    samples = eventually(
+        lambda: (
+            (s := traced.server.metrics())
+            and only(s, "moe_request_entropy_ratio_count") == before + 5
+            and select(s, "moe_monitor_dropped_total", what="spans")
+            and s
+        ),
+        seconds=25,
+    )
+    assert only(samples, "moe_monitor_dropped_total", what="spans") >= 1
+    assert only(samples, "moe_monitor_active") == 1
+    assert "moe-monitor traces no requests any more" not in traced.server.log

@@ -23,6 +23,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("moe_monitor.cli.demo", "serve a tiny MoE model with vLLM and watch its routing live"),
     "top": Command("moe_monitor.cli.top", "live view of the servers running on this machine"),
+    "request": Command("moe_monitor.cli.request", "show the last traced requests, or one of them layer by layer"),
     "export": Command("moe_monitor.cli.export", "stand-alone Prometheus exporter for the servers on this machine"),
     "baseline": Command("moe_monitor.cli.baseline", "record what routing is normal, show it, compare with it"),
     "dashboards": Command("moe_monitor.cli.dashboards", "write the dashboards and alert rules to a folder"),

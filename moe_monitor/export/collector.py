@@ -21,6 +21,7 @@ from moe_monitor.board import BoardError
 from moe_monitor.catalog import BY_NAME
 from moe_monitor.export.exposition import Exposition
 from moe_monitor.export.families import Family, expert_parallel, families
+from moe_monitor.export.frontboard import read_front_boards, request_families
 from moe_monitor.export.windows import RESOLUTION, History
 from moe_monitor.snapshot import EngineSnapshot, read_engines
 
@@ -32,6 +33,7 @@ class MoeCollector(Collector):
 
     server: only this server's boards; None for all on this machine. max_series: see :func:`families`.
     identity: (model_name, engine) pairs that must always show ``moe_monitor_active``, 0 when no board is there.
+    from_start: whether windows begin with the engines rather than with this reader; by default those of one server do.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class MoeCollector(Collector):
         server: str | None = None,
         max_series: int | None = None,
         identity: tuple[tuple[str, str], ...] = (),
+        from_start: bool | None = None,
         logger: logging.Logger = logger,
     ) -> None:
         self.directory = directory
@@ -48,13 +51,18 @@ class MoeCollector(Collector):
         self.max_series = max_series
         self.expected = identity
         self._logger = logger
-        self._history = History(from_start=server is not None)
+        self._history = History(from_start=server is not None if from_start is None else from_start)
         self._lock = threading.Lock()
         self._exposition = Exposition()
         self._read_errors = 0
         self._warned = ""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+
+    @property
+    def history(self) -> History:
+        """Recent rows of every engine, as the trailing windows need them."""
+        return self._history
 
     def start(self) -> None:
         """Feed the trailing windows from a daemon thread, so that they do not depend on when scrapes come."""
@@ -104,6 +112,12 @@ class MoeCollector(Collector):
             try:
                 result += self._named(engines[0].server, expert_parallel(engines, self._history))
             except Exception as error:
+                self._failed(error)
+        try:
+            for key, (arrays, dropped) in read_front_boards(self.directory, self.server).items():
+                result += self._named(key[0], request_families(key, arrays, dropped))
+        except Exception as error:
+            if not isinstance(error, BoardError) or self.directory.exists():
                 self._failed(error)
         for pair in self.expected:
             if pair not in seen:

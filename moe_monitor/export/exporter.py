@@ -1,7 +1,8 @@
 """Stand-alone HTTP exporter: the whole matrices of every server on a machine, from a process of its own.
 
 Runs where vLLM does not have to be installed, and goes on answering while a vLLM server hangs. One per node, as with
-dcgm-exporter. ``/metrics`` in Prometheus text or OpenMetrics, ``/-/healthy``, and a small page at ``/``.
+dcgm-exporter. ``/metrics`` in Prometheus text or OpenMetrics, ``/requests`` with the last traced requests as JSON
+(``?limit=N``), ``/-/healthy``, and a small page at ``/``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import errno
 import gzip
 import html
+import json
 import logging
 import socket
 import threading
@@ -17,10 +19,12 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any
+from urllib.parse import parse_qs
 
 from moe_monitor import __version__
 from moe_monitor.export.collector import MoeCollector
 from moe_monitor.export.exposition import OPENMETRICS, TEXT
+from moe_monitor.export.requests import FleetLoad, as_json, recent
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +35,8 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>moe-monitor exporter</title>
 <style>body{{font:16px/1.5 sans-serif;max-width:44em;margin:3em auto}}</style></head>
 <body><h1>moe-monitor exporter</h1>
-<p>Version {version}. <a href="metrics">Metrics</a> · <a href="-/healthy">Health</a></p>
+<p>Version {version}. <a href="metrics">Metrics</a> · <a href="requests?limit=20">Traced requests</a> ·
+<a href="-/healthy">Health</a></p>
 <p>Boards are read from <code>{directory}</code>.</p>
 <h2>Monitored engines</h2>
 {engines}
@@ -81,11 +86,13 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self) -> None:
-        path = self.path.split("?", 1)[0]
+        path, _, query = self.path.partition("?")
         if path == "/metrics":
             openmetrics = wants_openmetrics(",".join(self.headers.get_all("Accept", [])))
             body = self.server.collector.render(openmetrics=openmetrics)
             self._reply(body, OPENMETRICS if openmetrics else TEXT, compressible=True)
+        elif path == "/requests":
+            self._reply(self.server.requests(query), "application/json", compressible=True)
         elif path == "/-/healthy":
             self._reply(b"ok\n", "text/plain; charset=utf-8")
         elif path == "/":
@@ -124,6 +131,7 @@ class Exporter(ThreadingHTTPServer):
 
     def __init__(self, collector: MoeCollector, host: str, port: int) -> None:
         self.collector = collector
+        self._fleet = FleetLoad(collector)
         self._thread: threading.Thread | None = None
         if not 0 <= port <= 65535:
             raise ExporterError(f"{port} is not a port; a port is a number from 0 to 65535")
@@ -154,6 +162,12 @@ class Exporter(ThreadingHTTPServer):
         listed = f"<ul>{rows}</ul>" if rows else "<p>None is running.</p>"
         directory = html.escape(str(self.collector.directory))
         return _PAGE.format(version=__version__, directory=directory, engines=listed)
+
+    def requests(self, query: str) -> bytes:
+        """The last traced requests as JSON, newest first, at most ``limit`` of them."""
+        wanted = parse_qs(query).get("limit", ["100"])[-1]
+        limit = min(int(wanted), 1000) if wanted.isdecimal() and len(wanted) < 10 else 100
+        return json.dumps([as_json(s) for s in recent(self.collector.directory, self._fleet, limit)]).encode()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002  (not our signature)
         # A client that went away is not worth a traceback. socketserver calls this inside its except block.

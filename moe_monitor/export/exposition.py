@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moe_monitor.catalog import Metric
-from moe_monitor.export.families import Family, Labels
+from moe_monitor.export.families import Exemplar, Family, Labels
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -56,12 +56,12 @@ class Exposition:
             metric = members[0].metric
             parts.append(_head(metric, openmetrics))
             for family in members:
-                self._series(parts, family)
+                self._series(parts, family, openmetrics)
         if openmetrics:
             parts.append("# EOF\n")
         return "".join(parts).encode()
 
-    def _series(self, parts: list[str], family: Family) -> None:
+    def _series(self, parts: list[str], family: Family, openmetrics: bool) -> None:
         prefixes = self._prefix(family)
         if family.metric.kind != "histogram":
             values = family.values
@@ -73,8 +73,12 @@ class Exposition:
             return
         cumulative = np.cumsum(np.asarray(family.values, dtype=np.int64), axis=-1)
         numbers: list[str] = []
-        for row, total in zip(cumulative.tolist(), np.asarray(family.sums).tolist(), strict=True):
-            numbers.extend(map(str, row))
+        exemplars = family.exemplars if openmetrics else None  # the text format has no place for them
+        for i, (row, total) in enumerate(zip(cumulative.tolist(), np.asarray(family.sums).tolist(), strict=True)):
+            if exemplars is None:
+                numbers.extend(map(str, row))
+            else:
+                numbers.extend(f"{n}{_exemplar(e)}" for n, e in zip(row, exemplars[i], strict=True))
             numbers.append(str(row[-1]))
             numbers.append(_number(total))
         parts.append("".join(itertools.chain.from_iterable(zip(prefixes, numbers, itertools.repeat("\n")))))
@@ -87,6 +91,13 @@ class Exposition:
         made = [prefix for labels in family.labels for prefix in _prefixes(family, labels)]
         self._prefixes[key] = (list(family.labels), made)
         return made
+
+
+def _exemplar(exemplar: Exemplar | None) -> str:
+    if exemplar is None:
+        return ""
+    trace, value, at = exemplar
+    return f' # {{trace_id="{escape(trace)}"}} {_number(value)} {at:.3f}'
 
 
 def _head(metric: Metric, openmetrics: bool) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,12 +31,21 @@ _SUMS_IN_FIXED_POINT = {"entropy", "top1", "mass"}
 Labels = tuple[str, ...]
 
 
+class Exemplar(NamedTuple):
+    """A traced request that fell into a bucket: its trace id, its value, and when, in seconds since the epoch."""
+
+    trace: str
+    value: float
+    at: float
+
+
 @dataclass(frozen=True)
 class Family:
     """One metric of one engine.
 
     ``labels``: values of the metric's own labels, one tuple per series; ``values``: one number per series.
-    Histograms: ``values`` is [series, buckets+1] of non-cumulative counts and ``sums`` one number per series.
+    Histograms: ``values`` is [series, buckets+1] of non-cumulative counts and ``sums`` one number per series;
+    ``exemplars``, if any, has one or None per bucket.
     """
 
     metric: Metric
@@ -45,6 +54,7 @@ class Family:
     values: Any
     sums: Any = None
     server: str = ""
+    exemplars: list[list[Exemplar | None]] | None = None
 
     @property
     def names(self) -> Labels:
@@ -139,6 +149,7 @@ def _about_itself(engine: EngineSnapshot, family: Any) -> Iterator[Family]:
     )
     yield family("moe_monitor_info", [info], [1])
     yield family("moe_monitor_active", [()], [int(live(engine))])
+    yield family("moe_monitor_sampled_requests_total", [()], [engine.status.sampled])
     errors, dropped = engine.status.errors, engine.status.dropped
     yield family("moe_monitor_errors_total", [(k,) for k in errors], list(errors.values()))
     yield family("moe_monitor_dropped_total", [(k,) for k in dropped], list(dropped.values()))

@@ -25,6 +25,8 @@ SEAMS = {
     "vllm.v1.worker.gpu.model_runner": ("runner_v2", "patch_runner"),
     "vllm.v1.worker.gpu.cudagraph_utils": ("runner_v2", "patch_graphs"),
     "vllm.v1.metrics.loggers": ("frontend", "patch_loggers"),
+    "vllm.v1.engine.input_processor": ("tracing", "patch_input"),
+    "vllm.v1.engine.output_processor": ("tracing", "patch_output"),
     "vllm.entrypoints.serve.instrumentator.metrics": ("frontend", "patch_metrics"),
 }
 

@@ -1,0 +1,149 @@
+"""The front end's half of request tracing: finished requests here, records from the workers there, matched by id.
+
+The engine's front end tells when a request has finished and how long it took; the workers' records tell how it was
+routed. Either may come first. A thread brings them together, for metrics and for spans.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_monitor.export.frontboard import FrontBoard
+from moe_monitor.export.requests import FleetLoad, Summary, mean, summarise
+from moe_monitor.records import RecordReader, RequestRecord, short_id
+
+#: Seconds between two looks at the boards.
+POLL = 0.2
+#: How long one half waits for the other, in seconds, and how many may wait.
+FINISHED_WAITS, RECORD_WAITS = 30.0, 10.0
+MOST_FINISHED, MOST_RECORDS = 20_000, 256
+
+
+@dataclass
+class Finished:
+    """A request that the front end has answered; latencies in seconds, NaN where unknown.
+
+    span: its ``llm_request`` span, if there is one. complete: False while its span may still come.
+    """
+
+    at: float
+    e2e: float = math.nan
+    ttft: float = math.nan
+    tpot: float = math.nan
+    complete: bool = True
+    span: Any = None
+
+
+class FrontEnd:
+    """Matches requests with records, in a daemon thread that starts with the first request.
+
+    emit: makes a span of (parent, summary). dropped_spans: how many could not be sent.
+    """
+
+    def __init__(self, directory: Path, server: str, fleet: FleetLoad, logger: logging.Logger) -> None:
+        self._reader = RecordReader(directory, server)
+        self._board = FrontBoard(directory, server)
+        self._fleet = fleet
+        self._logger = logger
+        self._lock = threading.Lock()
+        self._finished: dict[str, Finished] = {}
+        self._records: dict[str, tuple[float, RequestRecord]] = {}
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self.emit: Callable[[Any, Summary], None] | None = None
+        self.dropped_spans: Callable[[], int] = lambda: 0
+        self.failed = False
+
+    def fail(self, where: str, error: BaseException) -> None:
+        """Give up, say so once, and let serving go on."""
+        if not self.failed:
+            self.failed = True
+            self._logger.warning("moe-monitor traces no requests any more, %s failed: %r", where, error)
+
+    # the thread that answers requests
+
+    def finish(self, request_id: str, finished: Finished) -> None:
+        """A request has been answered."""
+        with self._lock:
+            self._finished[short_id(request_id)] = finished
+            if len(self._finished) > MOST_FINISHED:
+                del self._finished[next(iter(self._finished))]
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="moe-monitor-requests", daemon=True)
+            self._thread.start()
+
+    def notice(self, request_id: str, span: Any) -> None:
+        """The ``llm_request`` span of a request has ended."""
+        with self._lock:
+            found = self._finished.get(short_id(request_id))
+            if found is not None:
+                found.span = span
+
+    def complete(self, request_id: str) -> None:
+        """The span of a request has come, if it ever will."""
+        with self._lock:
+            found = self._finished.get(short_id(request_id))
+            if found is not None:
+                found.complete = True
+
+    # the thread that matches
+
+    def _run(self) -> None:
+        while not self._stop.wait(POLL) and not self.failed:
+            try:
+                self.match()
+            except Exception as error:
+                self.fail("matching", error)
+        self._board.close()
+
+    def match(self, now: float | None = None) -> None:
+        """One round. Raises what reading, the board or OpenTelemetry raise."""
+        now = time.monotonic() if now is None else now
+        for record in self._reader.poll():
+            self._records[record.meta.id] = (now, record)
+        pairs = []
+        with self._lock:
+            for name, (came, record) in list(self._records.items()):
+                finished = self._finished.get(name)
+                if finished is not None and finished.complete:
+                    pairs.append((finished, record))
+                    del self._finished[name]
+                if (finished is not None and finished.complete) or now - came > RECORD_WAITS:
+                    del self._records[name]  # unmatched: aborted, or answered by another API server
+            while len(self._records) > MOST_RECORDS:
+                del self._records[next(iter(self._records))]
+            while self._finished and now - next(iter(self._finished.values())).at > FINISHED_WAITS:
+                del self._finished[next(iter(self._finished))]  # not traced
+        for finished, record in pairs:
+            self._tell(finished, record)
+        lost = {"spans": self.dropped_spans(), "request_records": self._reader.missed}
+        if pairs or lost != self._board.dropped:
+            self._board.dropped = lost
+            self._board.publish()
+
+    def _tell(self, finished: Finished, record: RequestRecord) -> None:
+        summary = summarise(record, self._fleet.of(record))
+        values = {
+            "entropy": mean(summary.entropy),
+            "concentration": summary.concentration,
+            "drift": mean(summary.drift),
+            "e2e": finished.e2e,
+            "ttft": finished.ttft,
+            "tpot": finished.tpot,
+        }
+        span = finished.span
+        self._board.add((record.model_name, record.engine), values, "" if span is None else span.trace_id)
+        if span is not None and self.emit is not None:
+            self.emit(span, summary)
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2)

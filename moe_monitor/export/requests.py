@@ -1,0 +1,205 @@
+"""What the routing of one traced request says: the numbers behind its span, request metrics and the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_monitor import statistics
+from moe_monitor.export.windows import History
+from moe_monitor.layout import FIXED_POINT, NO_ENTROPY
+from moe_monitor.records import RecordReader, RequestRecord, finite, lowest_entropy
+from moe_monitor.snapshot import EngineSnapshot
+
+#: Experts named per layer, and the window of the fleet's load that drift is measured against, in seconds.
+TOP_EXPERTS, FLEET_WINDOW = 4, 300.0
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One traced request. Arrays have a value per layer, in the order of ``record.layers``; NaN: no token to say."""
+
+    record: RequestRecord
+    prefill: int
+    decode: int
+    entropy: Floats
+    entropy_min: Floats
+    top1: Floats
+    mass: Floats
+    imbalance: Floats
+    chance: Floats
+    drift: Floats
+    drift_floor: Floats
+
+    @property
+    def top_k(self) -> int:
+        return int(self.record.identity["top_k"])
+
+    @property
+    def experts(self) -> int:
+        return int(self.record.counts.shape[-1])
+
+    @property
+    def concentration(self) -> float:
+        """Busiest expert's load over what chance gives for as many tokens, mean over layers."""
+        return mean(self.imbalance / self.chance)
+
+    def top_experts(self, layer: int) -> list[tuple[int, float]]:
+        """(expert, share of the layer's choices) of the most used experts; ``layer`` is a position."""
+        load = self.record.counts[layer].sum(axis=0)
+        order = np.argsort(-load, kind="stable")[:TOP_EXPERTS]
+        total = int(load.sum())
+        return [(int(e), float(load[e] / total)) for e in order if load[e]]
+
+
+def mean(values: Floats) -> float:
+    """Mean of what is known; NaN when nothing is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def least(values: Floats) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.min()) if len(known) else math.nan
+
+
+def most(values: Floats) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.max()) if len(known) else math.nan
+
+
+def summarise(record: RequestRecord, fleet: NDArray[np.int64] | None = None) -> Summary:
+    """``fleet``: recent load [layers, experts] of the request's engine. Raises ValueError for damaged records."""
+    counts = record.counts.sum(axis=1)
+    experts, top_k = counts.shape[-1], int(record.identity["top_k"])
+    tokens = record.column("prefill") + record.column("decode")
+    seen = finite(record).astype(np.float64)
+    seen[seen <= 0] = np.nan
+    lowest = lowest_entropy(record)
+    unknown = np.full(len(tokens), np.nan)
+    drift, floor = unknown, unknown
+    if fleet is not None and fleet.shape == counts.shape:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            drift = statistics.js_divergence(counts, fleet)
+            floor = statistics.js_floor(counts.sum(axis=-1), fleet, np.full(len(counts), top_k))
+    return Summary(
+        record=record,
+        prefill=int(record.column("prefill").max(initial=0)),
+        decode=int(record.column("decode").max(initial=0)),
+        entropy=record.column("entropy_sum") / FIXED_POINT / seen,
+        entropy_min=np.where(lowest < NO_ENTROPY, lowest / FIXED_POINT, np.nan),
+        top1=record.column("top1_sum") / FIXED_POINT / seen,
+        mass=record.column("mass_sum") / FIXED_POINT / seen,
+        imbalance=statistics.imbalance(counts),
+        chance=np.array([statistics.imbalance_floor(int(n), experts, top_k) for n in tokens]),
+        drift=drift,
+        drift_floor=floor,
+    )
+
+
+class Collects(Protocol):
+    """The part of a collector that knows the engines' recent load."""
+
+    @property
+    def history(self) -> History: ...
+
+    def read(self) -> list[EngineSnapshot]: ...
+
+
+class FleetLoad:
+    """Recent load of each engine, read again at most every few seconds. Thread-safe; never raises."""
+
+    REFRESH = 2.0
+
+    def __init__(self, collector: Collects) -> None:
+        self._collector = collector
+        self._lock = threading.Lock()
+        self._read = -math.inf
+        self._loads: dict[tuple[str, str, str], tuple[tuple[int, ...], NDArray[np.int64]]] = {}
+
+    def of(self, record: RequestRecord) -> NDArray[np.int64] | None:
+        with self._lock:
+            if time.monotonic() - self._read >= self.REFRESH:
+                self._read = time.monotonic()
+                self._loads = {}
+                for engine in self._collector.read():
+                    if engine.layout is not None:
+                        rows = self._collector.history.window(engine, FLEET_WINDOW)
+                        self._loads[engine.key] = (engine.layers, engine.layout.column(rows, "experts"))
+            layers, load = self._loads.get((record.server, record.model_name, record.engine), ((), None))
+        return load if layers == record.layers else None
+
+
+def recent(directory: Path, fleet: FleetLoad, limit: int = 1000) -> list[Summary]:
+    """The last traced requests of all servers of a run directory, newest first; damaged records are left out."""
+    reader = RecordReader(directory, patience=0)
+    try:
+        records = reader.poll()
+    finally:
+        reader.close()
+    found = []
+    for record in records[::-1][:limit]:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            found.append(summarise(record, fleet.of(record)))
+    return found
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    """The request as ``GET /requests`` tells it; numbers that are not known are null."""
+
+    def known(value: float) -> float | None:
+        return None if math.isnan(value) else round(float(value), 6)
+
+    record = summary.record
+    tokens = record.column("prefill") + record.column("decode")
+    layers = [
+        {
+            "layer": layer,
+            "tokens": int(tokens[i]),
+            "entropy": known(summary.entropy[i]),
+            "entropy_min": known(summary.entropy_min[i]),
+            "top1": known(summary.top1[i]),
+            "selected_mass": known(summary.mass[i]),
+            "imbalance": known(summary.imbalance[i]),
+            "imbalance_by_chance": known(summary.chance[i]),
+            "drift_bits": known(summary.drift[i]),
+            "drift_floor_bits": known(summary.drift_floor[i]),
+            "experts": [{"expert": e, "share": round(share, 6)} for e, share in summary.top_experts(i)],
+        }
+        for i, layer in enumerate(record.layers)
+    ]
+    return {
+        "id": record.meta.id,
+        "server": record.server,
+        "model_name": record.model_name,
+        "engine": record.engine,
+        "started": record.meta.started,
+        "finished": record.meta.finished,
+        "prompt_tokens": record.meta.prompt_tokens,
+        "cached_tokens": record.meta.cached_tokens,
+        "preemptions": record.meta.preemptions,
+        "prefill_tokens": summary.prefill,
+        "decode_tokens": summary.decode,
+        "experts": summary.experts,
+        "top_k": summary.top_k,
+        "entropy": known(mean(summary.entropy)),
+        "entropy_min": known(least(summary.entropy_min)),
+        "top1": known(mean(summary.top1)),
+        "selected_mass": known(mean(summary.mass)),
+        "concentration": known(summary.concentration),
+        "drift_bits": known(mean(summary.drift)),
+        "drift_floor_bits": known(mean(summary.drift_floor)),
+        "layers": layers,
+    }

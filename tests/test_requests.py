@@ -1,0 +1,509 @@
+"""Traced requests without a server: who is sampled, whose rows are whose, and that nothing is kept for ever."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+
+import numpy as np
+import pytest
+from boards import FakeWorker, identity, routed_rows
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+
+from moe_monitor.board import BoardReader, BoardWriter
+from moe_monitor.cli.main import main
+from moe_monitor.export.collector import MoeCollector
+from moe_monitor.export.frontboard import FrontBoard, Quartiles
+from moe_monitor.export.frontend import MOST_FINISHED, MOST_RECORDS, Finished, FrontEnd
+from moe_monitor.export.requests import FleetLoad, as_json, summarise
+from moe_monitor.layout import FIXED_POINT, TALLY_COLUMNS
+from moe_monitor.records import Meta, RecordReader, RecordWriter, Tally, record_segments, short_id
+from moe_monitor.snapshot import STATUS_SEGMENT, Status, read_engines, routing_segment
+
+torch = pytest.importorskip("torch")
+
+from moe_monitor.capture.requests import LOOK_FOR_LOST, LOST_AFTER, New, Tracer, chosen, wish  # noqa: E402
+from moe_monitor.capture.tallies import HostTallies, slot_bytes  # noqa: E402
+
+LAYERS, EXPERTS, TOP_K = 2, 8, 2
+
+
+class Engine:
+    """A tracer, its store, and a clock."""
+
+    def __init__(self, slots: int = 4, ratio: float = 1.0) -> None:
+        self.now = 0.0
+        self.status = Status()
+        self.store = HostTallies(slots, LAYERS, EXPERTS)
+        self.tracer = Tracer(self.store, ratio, self.status, clock=lambda: self.now)
+
+    def step(self, new=(), preempted=(), finished=(), scheduled=None) -> None:
+        self.tracer.step(new, set(preempted), set(finished), scheduled or {})
+
+    def forward(self, scheduled: dict[str, int], computed: list[int]) -> np.ndarray | None:
+        """A pass; returns the codes of its rows."""
+        tokens = sum(scheduled.values())
+        self.tracer.rows(list(scheduled), tokens, scheduled, np.array(computed))
+        codes = self.store._codes
+        logits = torch.randn(LAYERS, tokens, EXPERTS)
+        self.store.add(logits, logits.topk(TOP_K).indices, "softmax", range(LAYERS))
+        return codes
+
+
+def new(name: str, prompt: int = 4, cached: int = 0, **extra_args) -> New:
+    return New(name, prompt, cached, extra_args or None)
+
+
+def tokens_of(tally: Tally) -> tuple[int, int]:
+    (prefill,), (decode,) = (set(tally.stats[:, TALLY_COLUMNS.index(c)]) for c in ("prefill", "decode"))
+    assert tally.counts.sum() == LAYERS * TOP_K * (prefill + decode)
+    return int(prefill), int(decode)
+
+
+# who is sampled
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [(1, True), (0, False), ("1", True), ("0", False), (True, True), (" True ", True), ("false", False), (None, None)],
+)
+def test_the_requests_own_wish(value, meant) -> None:
+    assert wish({"moe_trace": value, "other": 7}) is meant
+
+
+@pytest.mark.parametrize("value", ["perhaps", "", 2, 0.5, -1, [1], {"a": 1}, math.nan])
+def test_a_bad_wish_is_counted_and_ignored(value) -> None:
+    engine = Engine(ratio=0.0)
+    engine.step([new("a", moe_trace=value)])
+    assert engine.tracer.in_flight == 0
+    assert engine.status.dropped == {"bad_moe_trace": 1}
+    always = Engine(ratio=1.0)
+    always.step([new("a", moe_trace=value)])
+    assert always.tracer.in_flight == 1
+
+
+def test_the_wish_comes_before_chance() -> None:
+    engine = Engine(ratio=0.0)
+    engine.step([new("a", moe_trace=1), new("b")])
+    assert engine.tracer.in_flight == engine.status.sampled == 1
+    engine = Engine(ratio=1.0)
+    engine.step([new("a", moe_trace=0)])
+    assert engine.tracer.in_flight == 0
+
+
+def test_chance_is_uniform_and_the_same_everywhere() -> None:
+    ids = [f"cmpl-{i:x}-0-{i * 7919 % 99991:08x}" for i in range(20_000)]
+    for ratio in (0.0, 0.01, 0.1, 0.5, 1.0):
+        picked = sum(chosen(i, ratio) for i in ids)
+        assert abs(picked - 20_000 * ratio) <= 4 * math.sqrt(20_000 * ratio * (1 - ratio))
+    # A higher ratio only adds, and sequences of one request share their fate.
+    few = {i for i in ids if chosen(i, 0.05)}
+    assert few <= {i for i in ids if chosen(i, 0.1)}
+    assert all(chosen(f"{n}_{i}", 0.05) == (i in few) for i in ids[:200] for n in (0, 1, 12))
+    fixed = [chosen(i, 0.5) for i in ("cmpl-8-0-deadbeef", "b", "a", "chatcmpl-1")]
+    assert fixed == [True, False, True, True]
+
+
+# life
+
+
+def test_rows_belong_to_their_requests_by_phase() -> None:
+    engine = Engine()
+    engine.step([new("a", 5), new("b", 3), new("c", 9, moe_trace=0)])
+    codes = engine.forward({"a": 4, "c": 2, "b": 3}, [0, 0, 0])
+    assert codes.tolist() == [0, 0, 0, 0, -1, -1, 2, 2, 2]
+    engine.step(scheduled={"a": 3})
+    assert engine.forward({"c": 1, "a": 3, "b": 1}, [2, 4, 3]).tolist() == [-1, 0, 1, 1, 3]  # speculative tokens decode
+    engine.step(finished=["a", "b"])
+    a, b = engine.tracer.drain(10)
+    assert {a.meta.id: tokens_of(a), b.meta.id: tokens_of(b)} == {"a": (5, 2), "b": (3, 1)}
+
+
+def test_a_steady_batch_is_attributed_once() -> None:
+    engine = Engine()
+    engine.step([new("a", 2), new("b", 2)])
+    engine.forward({"a": 2, "b": 2}, [0, 0])
+    engine.step()
+    first = engine.forward({"a": 1, "b": 1}, [2, 2])
+    engine.step()
+    assert engine.forward({"a": 1, "b": 1}, [3, 3]) is first
+    engine.step(preempted=["b"])
+    assert engine.forward({"a": 1}, [4]).tolist() == [1]
+    engine.step([new("c", 1)])
+    assert engine.forward({"a": 1, "c": 1}, [5, 0]).tolist() == [1, 4]
+    engine.step()
+    assert engine.forward({"a": 1, "c": 1}, [6, 1]).tolist() == [1, 5]
+
+
+def test_a_pass_without_traced_requests_has_no_attribution() -> None:
+    engine = Engine(ratio=0.0)
+    engine.step([new("a")])
+    assert engine.forward({"a": 4}, [0]) is None
+    engine.step([new("b", moe_trace=1)])
+    assert engine.forward({"a": 1}, [4]) is None
+
+
+def test_preempted_and_resumed_requests_stay_one() -> None:
+    engine = Engine()
+    engine.step([new("a", 4, cached=1)])
+    engine.forward({"a": 3}, [1])
+    engine.step()
+    engine.forward({"a": 1}, [4])
+    engine.step(preempted=["a", "unknown"])
+    engine.step([new("a", 4)])  # model runner V2 gets it as new
+    assert engine.forward({"a": 5}, [0]).tolist() == [0, 0, 0, 0, 1]
+    engine.step(finished=["a"])
+    (tally,) = engine.tracer.drain(10)
+    assert (tally.meta.preemptions, tally.meta.cached_tokens, tokens_of(tally)) == (1, 1, (7, 2))
+    assert engine.status.sampled == 1
+
+
+def test_aborted_before_its_first_pass() -> None:
+    engine = Engine()
+    engine.step([new("a")])
+    engine.step(finished=["a", "never seen"])
+    (tally,) = engine.tracer.drain(10)
+    assert tokens_of(tally) == (0, 0)
+    assert engine.tracer.in_flight == 0
+
+
+def test_what_is_over_the_cap_is_dropped_and_slots_come_back() -> None:
+    engine = Engine(slots=2)
+    engine.step([new(name) for name in "abcd"])
+    assert (engine.tracer.in_flight, engine.status.dropped) == (2, {"traced_requests": 2})
+    engine.forward(dict.fromkeys("abcd", 4), [0] * 4)
+    engine.step(finished="abcd")
+    engine.step([new("e")])
+    assert engine.tracer.in_flight == 0, "a slot is not free before it has been read"
+    assert len(engine.tracer.drain(1)) == 1
+    assert len(engine.tracer.drain(10)) == 1
+    engine.step([new("f", 2)])
+    engine.forward({"f": 2}, [0])
+    engine.step(finished=["f"])
+    (tally,) = engine.tracer.drain(10)
+    assert tokens_of(tally) == (2, 0), "the slot was not cleared"
+
+
+def test_lost_requests_are_given_up() -> None:
+    engine = Engine(slots=2)
+    engine.step([new("lost"), new("slow")])
+    for _ in range(int(LOST_AFTER / LOOK_FOR_LOST) + 2):
+        engine.now += LOOK_FOR_LOST
+        engine.step(scheduled={"slow": 1})
+    assert engine.tracer.in_flight == 1
+    assert engine.status.dropped == {"lost_requests": 1}
+    assert engine.tracer.drain(10) == []
+    engine.step([new("a")])
+    assert engine.tracer.in_flight == 2, "its slot was not freed"
+
+
+def test_rows_that_do_not_add_up_are_nobodys() -> None:
+    engine = Engine()
+    engine.step([new("a")])
+    engine.tracer.rows(["a"], 3, {"a": 4}, np.array([0]))
+    assert engine.store._codes is None
+    assert engine.status.dropped == {"unattributed_passes": 1}
+
+
+def test_ten_thousand_requests_leave_nothing_behind() -> None:
+    engine = Engine(slots=8)
+    for i in range(2500):
+        batch = [f"r{4 * i + j}" for j in range(4)]
+        engine.step([new(b, 1) for b in batch])
+        engine.tracer.rows(batch, 4, dict.fromkeys(batch, 1), np.zeros(4))
+        engine.step(finished=batch)
+        assert len(engine.tracer.drain(100)) == 4
+    assert engine.tracer.in_flight == 0
+    assert not engine.tracer.pending
+    assert len(engine.tracer._free) == 8
+    assert engine.status.dropped == {}
+
+
+# hand-over
+
+
+def tally(name: str, tokens: int = 8, layers: int = 4, experts: int = 64, seed: int = 0, top_k: int = 8) -> Tally:
+    counts = np.zeros((layers, 2, experts), dtype=np.int32)
+    rows = routed_rows(layers, experts, top_k, tokens, seed)
+    counts[:, 0] = rows[:, :experts]
+    stats = np.zeros((layers, 8), dtype=np.int64)
+    stats[:, 0] = tokens
+    stats[:, 2:6] = np.array([0.5 * tokens, 0.25, 0.125 * tokens, 0.5 * tokens]) * FIXED_POINT
+    return Tally(Meta(name, tokens, 0, 0, time.time() - 1, time.time()), counts, stats)
+
+
+class Worker:
+    """A board with records, as the publisher makes it."""
+
+    def __init__(self, directory, name="rank-0", **facts) -> None:
+        self.facts = identity(**facts)
+        layers, experts = len(self.facts["layers"]), self.facts["experts"]
+        segments = {
+            "status": STATUS_SEGMENT,
+            "routing": routing_segment(layers, routed_rows(1, experts, 1, 1).shape[1]),
+        }
+        segments |= record_segments(layers, experts)
+        self.board = BoardWriter(directory, name, self.facts, segments)
+        self.board.write("status", {"json": Status(active=True, reason="").to_array()})
+        self.board.write("routing", {"rows": routed_rows(layers, experts, 8, 1000), "passes": np.array([1])})
+        self.writer = RecordWriter(self.board, segments)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.board.close()
+
+
+def test_records_arrive_once_and_in_order(tmp_path) -> None:
+    directory = tmp_path / "run"
+    reader = RecordReader(directory)
+    assert reader.poll() == []
+    with Worker(directory) as worker:
+        worker.writer.write([tally("a"), tally("b", tokens=3)])
+        a, b = reader.poll()
+        assert (a.meta.id, b.meta.id, a.engine, a.layers) == ("a", "b", "0", (0, 1, 2, 3))
+        assert np.array_equal(b.counts, tally("b", tokens=3).counts)
+        assert reader.poll() == []
+        worker.writer.write([tally("c")])
+        assert [r.meta.id for r in reader.poll()] == ["c"]
+        assert reader.missed == 0
+    assert reader.poll() == []
+    reader.close()
+
+
+def test_overwritten_records_are_counted(tmp_path) -> None:
+    with Worker(tmp_path / "run") as worker:
+        reader = RecordReader(tmp_path / "run")
+        n = 2 * worker.writer.at_once
+        worker.writer.write(tally(f"r{i}") for i in range(n + 5))
+        assert len(reader.poll()) == n
+        assert reader.missed == 5
+        reader.close()
+
+
+def test_pipeline_stages_are_put_together(tmp_path) -> None:
+    directory = tmp_path / "run"
+    reader = RecordReader(directory, patience=1.5)
+    with Worker(directory, "s0", layers=(0, 1)) as first, Worker(directory, "s1", layers=(2, 3)) as second:
+        first.writer.write([tally("a", layers=2)])
+        assert reader.poll(now=10.0) == []
+        second.writer.write([tally("a", layers=2, seed=1)])
+        (record,) = reader.poll(now=10.4)
+        assert record.layers == (0, 1, 2, 3)
+        first.writer.write([tally("b", layers=2)])
+        assert reader.poll(now=11.0) == []
+        (part,) = reader.poll(now=12.6)  # the other stage dropped it
+        assert part.layers == (0, 1)
+    reader.close()
+
+
+def test_ranks_that_see_parts_of_the_tokens_add_up(tmp_path) -> None:
+    with Worker(tmp_path / "run", "t0") as first, Worker(tmp_path / "run", "t1") as second:
+        parts = [tally("a", tokens=8), tally("a", tokens=5, seed=1)]
+        parts[1].stats[:, 3] = FIXED_POINT // 8
+        first.writer.write(parts[:1])
+        second.writer.write(parts[1:])
+        reader = RecordReader(tmp_path / "run")
+        (record,) = reader.poll()
+        assert np.array_equal(record.counts, parts[0].counts + parts[1].counts)
+        assert set(record.column("prefill")) == {13}
+        assert set(record.column("entropy_min")) == {FIXED_POINT // 8}
+        reader.close()
+
+
+def test_long_ids_are_cut_and_stay_apart() -> None:
+    a, b = short_id("x" * 5000 + "a"), short_id("x" * 5000 + "b")
+    assert a != b
+    assert len(a) == 200
+    worst = Meta("\U0001f600" * 200, 10**9, 10**9, 10**9, time.time(), time.time())
+    assert Meta.from_array(worst.to_array(10**12)).id == worst.id
+    control = Meta(short_id("\x01" * 300), 1, 1, 1, 0.0, 0.0)
+    assert Meta.from_array(control.to_array(1)) == Meta(control.id, 1, 1, 1, 0.0, 0.0, 1)
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(1, 8), (16, 64), (58, 256), (94, 512)])
+def test_records_stay_within_their_share_of_the_board(layers, experts) -> None:
+    n = sum(name.startswith("request/") for name in record_segments(layers, experts))
+    assert 16 <= n <= 128
+    assert n * (slot_bytes(layers, experts) + 2048) <= max(8 << 20, 16 * (slot_bytes(layers, experts) + 2048))
+
+
+# the front end
+
+
+def front_end(directory) -> FrontEnd:
+    collector = MoeCollector(directory, server="server-1")
+    return FrontEnd(directory, "server-1", FleetLoad(collector), logging.getLogger(__name__))
+
+
+def finish(front: FrontEnd, name: str, at: float = 0.0, **more) -> None:
+    front._thread = front._thread or object()  # matched by hand here
+    front.finish(name, Finished(at, e2e=1.0, ttft=0.2, tpot=0.01, **more))
+
+
+class Parent:
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+def test_either_half_may_come_first(tmp_path) -> None:
+    front, spans = front_end(tmp_path / "run"), []
+    front.emit = lambda parent, summary: spans.append((parent, summary.record.meta.id))
+    with Worker(tmp_path / "run") as worker:
+        finish(front, "a", complete=False)
+        front.notice("a", Parent)
+        worker.writer.write([tally("a"), tally("b")])
+        front.match(1.0)
+        assert spans == []  # its span might still have come
+        front.complete("a")
+        front.match(1.2)
+        finish(front, "b")  # without tracing
+        front.match(1.4)
+        front.match(1.6)
+        assert spans == [(Parent, "a")]
+        text = MoeCollector(tmp_path / "run", server="server-1").render(openmetrics=True).decode()
+        families = {f.name: f for f in parse_openmetrics(text)}
+        samples = families["moe_request_concentration_ratio"].samples
+        assert [s.value for s in samples if s.name.endswith("_count")] == [2]
+        (seen,) = [s.exemplar for s in samples if s.exemplar]
+        assert seen.labels == {"trace_id": Parent.trace_id}
+        counts = [s for s in families["moe_request_e2e_seconds"].samples if s.name.endswith("_count")]
+        assert {s.labels["quartile"] for s in counts} == {"1", "2", "3", "4"}
+        assert sum(s.value for s in counts) == 2
+        front._board.close()
+
+
+def test_halves_without_the_other_are_forgotten(tmp_path) -> None:
+    front = front_end(tmp_path / "run")
+    with Worker(tmp_path / "run") as worker:
+        worker.writer.write([tally("aborted")])
+        finish(front, "untraced", at=0.0)
+        front.match(1.0)
+        assert (len(front._records), len(front._finished)) == (1, 1)
+        front.match(40.0)
+        assert (len(front._records), len(front._finished)) == (0, 0)
+        for i in range(MOST_FINISHED + 10):
+            finish(front, f"r{i}", at=50.0)
+        assert len(front._finished) == MOST_FINISHED
+        for _ in range(4):
+            worker.writer.write(tally(f"x{i}") for i in range(100))
+            front.match(50.0)
+        assert len(front._records) <= MOST_RECORDS
+
+
+def test_a_failure_ends_tracing_and_nothing_else(tmp_path, caplog) -> None:
+    front = front_end(tmp_path / "run")
+    front.match = lambda: 1 / 0
+    front.finish("a", Finished(0.0))
+    front._thread.join(5)
+    assert front.failed
+    assert caplog.text.count("traces no requests any more") == 1
+
+
+def test_api_servers_add_up(tmp_path) -> None:
+    """Each writes a board of its own; readers of engines do not see those."""
+    with FakeWorker(tmp_path / "run"):
+        first, second = FrontBoard(tmp_path / "run", "server-1"), FrontBoard(tmp_path / "run", "server-1")
+        second._directory = tmp_path / "run"
+        values = {"entropy": 0.5, "concentration": 1.2, "drift": math.nan, "e2e": 0.3, "ttft": 0.1, "tpot": 0.01}
+        first.add(("tiny-olmoe", "0"), values)
+        first.publish()
+        first._board.path.rename(first._board.path.with_name("other.board"))  # one process plays two
+        second.add(("tiny-olmoe", "0"), values)
+        second.add(("tiny-olmoe", "1"), values)
+        second.dropped["spans"] = 3
+        second.publish()
+        assert [e.engine for e in read_engines(tmp_path / "run")] == ["0"]
+        text = MoeCollector(tmp_path / "run", server="server-1").render().decode()
+        assert 'moe_request_entropy_ratio_count{model_name="tiny-olmoe",engine="0"} 2' in text
+        assert 'moe_request_entropy_ratio_count{model_name="tiny-olmoe",engine="1"} 1' in text
+        assert 'moe_request_drift_bits_count{model_name="tiny-olmoe",engine="0"} 0' in text
+        assert 'moe_monitor_dropped_total{model_name="tiny-olmoe",engine="0",what="spans"} 3' in text
+        first.close()
+        second.close()
+        assert "moe_request" not in MoeCollector(tmp_path / "run", server="server-1").render().decode()
+
+
+def test_a_front_board_grows_with_its_engines(tmp_path) -> None:
+    board = FrontBoard(tmp_path / "run", "s")
+    values = {"entropy": 0.5, "concentration": 1.2, "drift": 0.1, "e2e": 0.3, "ttft": 0.1, "tpot": math.nan}
+    board.add(("m", "0"), values)
+    board.publish()
+    board.add(("m", "1"), values)
+    board.publish()
+    (path,) = (tmp_path / "run").glob("*.board")
+    with BoardReader(path) as reader:
+        assert reader.alive
+        assert reader.identity["engines"] == [["m", "0"], ["m", "1"]]
+    board.close()
+    assert not path.exists()
+
+
+def test_quartiles_part_recent_requests_evenly() -> None:
+    rng, quartiles = np.random.default_rng(0), Quartiles()
+    places = [quartiles.place(v) for v in rng.gamma(2.0, size=2000)]
+    assert np.bincount(places[400:], minlength=4).min() > 330
+    assert quartiles.place(100.0) == 3
+    assert quartiles.place(-1.0) == 0
+
+
+# what a request tells
+
+
+def test_a_summary_by_hand(tmp_path) -> None:
+    with Worker(tmp_path / "run", layers=(3,), experts=4, top_k=2) as worker:
+        counts = np.zeros((1, 2, 4), dtype=np.int32)
+        counts[0, 0] = [4, 0, 3, 1]
+        counts[0, 1] = [1, 1, 0, 0]
+        stats = np.zeros((1, 8), dtype=np.int64)
+        stats[0, :2] = 4, 1
+        stats[0, 2:7] = 2 * FIXED_POINT, FIXED_POINT // 4, FIXED_POINT, 3 * FIXED_POINT, 1
+        worker.writer.write([Tally(Meta("a", 6, 2, 1, 1.0, 2.0), counts, stats)])
+        reader = RecordReader(tmp_path / "run")
+        (record,) = reader.poll()
+        reader.close()
+    summary = summarise(record, np.array([[5, 1, 3, 1]]))
+    assert (summary.prefill, summary.decode) == (4, 1)
+    assert summary.entropy.tolist() == [0.5]  # of 5 tokens one was not finite
+    assert summary.entropy_min.tolist() == [0.25]
+    assert summary.imbalance.tolist() == [2.0]
+    assert summary.concentration == pytest.approx(2.0 / summary.chance[0])
+    assert summary.drift.tolist() == [0.0]
+    assert summary.top_experts(0) == [(0, 0.5), (2, 0.3), (1, 0.1), (3, 0.1)]
+    told = as_json(summary)
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    assert told["layers"][0]["layer"] == 3
+
+
+def test_a_request_without_tokens_knows_nothing(tmp_path) -> None:
+    with Worker(tmp_path / "run") as worker:
+        nothing = tally("a", tokens=0)
+        nothing.stats[:, 3] = 1 << 40
+        worker.writer.write([nothing])
+        reader = RecordReader(tmp_path / "run")
+        told = as_json(summarise(reader.poll()[0], np.ones((4, 64), dtype=np.int64)))
+        reader.close()
+    assert told["entropy"] is told["entropy_min"] is told["concentration"] is told["drift_bits"] is None
+    json.dumps(told, allow_nan=False)
+
+
+def test_the_terminal_shows_one_request_or_all(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MOE_MONITOR_DIR", str(tmp_path / "run"))
+    assert main(["request"]) == 0
+    assert "No traced requests." in capsys.readouterr().out
+    with Worker(tmp_path / "run") as worker:
+        worker.writer.write([tally("cmpl-one-0-aaaa"), tally("cmpl-two-0-bbbb", tokens=30)])
+        assert main(["request"]) == 0
+        shown = capsys.readouterr().out
+        assert shown.index("cmpl-two") < shown.index("cmpl-one"), "newest first"
+        assert main(["request", "two"]) == 0
+        shown = capsys.readouterr().out
+        assert "30 prompt tokens computed" in shown
+        assert main(["request", "--json", "cmpl-one-0-aaaa"]) == 0
+        (told,) = json.loads(capsys.readouterr().out)
+        assert (told["id"], len(told["layers"])) == ("cmpl-one-0-aaaa", 4)
+        assert told["drift_bits"] is not None
+        assert main(["request", "three"]) == 1
+        assert "no traced request has 'three' in its id" in capsys.readouterr().err

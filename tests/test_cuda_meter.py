@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -18,6 +19,7 @@ torch = pytest.importorskip("torch")
 from moe_monitor.capture import kernels  # noqa: E402 - needs torch
 from moe_monitor.capture.cuda import CudaMeter, Span  # noqa: E402
 from moe_monitor.capture.meter import accumulate  # noqa: E402
+from moe_monitor.capture.tallies import DeviceTallies  # noqa: E402
 from moe_monitor.layout import RowLayout  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -193,3 +195,65 @@ def test_retaining_by_force_fails_where_it_is_unsafe() -> None:
     device.warm_up(8, overwrite=True)
     with pytest.raises(RuntimeError, match="reuses the memory"):
         device.meter.before_capture(rows=16)
+
+
+class TracingDevice(Device):
+    """Also tallies requests, and knows what the tallies must be."""
+
+    def __init__(self, **options) -> None:
+        self.tallies = DeviceTallies(3, LAYERS, EXPERTS)
+        super().__init__(tallies=self.tallies, **options)
+        self.by_request = kernels.Tallies.empty(3, LAYERS, EXPERTS, "cpu")
+
+    def owners(self, *codes) -> None:
+        self.codes = np.array(codes, dtype=np.int32)
+        self.tallies.set_rows(self.codes if (self.codes >= 0).any() else None)
+
+    def count(self, logits, ids, start, n):
+        super().count(logits, ids, start, n)
+        part = slice(start, start + n)
+        codes = torch.from_numpy(self.codes[:n])
+        kernels.tally_reference(logits[:, part], ids[:, part], "softmax", codes, self.by_request)
+
+    def check_requests(self, slots) -> None:
+        for slot, (counts, stats) in zip(slots, self.tallies.take(slots), strict=True):
+            assert (counts == self.by_request.counts[slot].numpy()).all()
+            difference = np.abs(stats - self.by_request.stats[slot].numpy())
+            tokens = stats[:, :2].sum(1, keepdims=True)
+            assert (difference[:, [0, 1, 6, 7]] == 0).all()
+            assert (difference[:, 2:6] <= 2 * tokens).all()
+
+
+@interpreted
+def test_traced_requests_are_tallied_in_replays_and_without_graphs() -> None:
+    device = TracingDevice()
+    device.warm_up(8)
+    device.meter.before_capture(rows=40)
+    device.capture("a", 8)
+    device.capture("b", 16, Span(start=8, rows=8))
+    device.owners(0, 0, -1, 2, 2)
+    assert device.eager(5)
+    device.owners(1, 3, -1)
+    assert device.replay("a", 3)
+    assert device.replay("a", 3)  # the same batch again: nothing is sent
+    device.owners(-1, -1)
+    assert device.replay("a", 2)
+    device.owners(5, 4, 1)
+    assert device.replay("b", 3, start=8)
+    device.check()
+    device.check_requests([0, 1, 2])
+    assert not any(counts.any() for counts, _ in device.tallies.take([0, 1, 2])), "taking clears"
+    device.by_request = kernels.Tallies.empty(3, LAYERS, EXPERTS, "cpu")
+    device.owners(*[4] * 1500)  # more rows than were reserved
+    assert device.eager(1500)
+    device.check_requests([2, 0])
+
+
+@interpreted
+def test_no_requests_are_tallied_inside_the_graph() -> None:
+    device = TracingDevice(forced="ingraph")
+    device.warm_up(8)
+    device.owners(0, 0)
+    assert device.eager(2)
+    device.check()
+    assert not device.tallies.take([0])[0][0].any()

@@ -146,9 +146,11 @@ def test_each_request_gets_what_it_routed(traced: Traced) -> None:
 
 def test_each_request_has_one_span_under_vllms(traced: Traced) -> None:
     """Of those that were answered: aborted requests have no ``llm_request`` to stand under."""
-    parents = eventually(lambda: len(p := traced.receiver.named("llm_request")) >= 19 and p, 10)
-    children = eventually(lambda: len(c := traced.receiver.named("moe.routing")) >= 19 and c, 10)
-    assert len(parents) == len(children) == 19  # 14 requests, 3 sequences of one, 2 that tell how aborted ones go on
+    receiver = traced.receiver
+    # vLLM's own spans leave every 5 s. 14 requests, 3 sequences of one, 2 that tell how aborted ones would have gone
+    # on, and such of the 2 aborted ones as were done before the engine heard of it.
+    eventually(lambda: 19 <= len(receiver.named("llm_request")) == len(receiver.named("moe.routing")) <= 21, 10)
+    parents, children = receiver.named("llm_request"), receiver.named("moe.routing")
     by_id = {span.span_id: span for _, span, _ in parents}
     assert {span.parent_span_id for _, span, _ in children} == set(by_id)
     for _, span, found in children:
@@ -166,7 +168,9 @@ def test_each_request_has_one_span_under_vllms(traced: Traced) -> None:
         assert len(found["moe.top_experts"]) == 4
         assert not any(key.startswith("gen_ai") for key in found)
     computed = sum(found["moe.tokens.prefill"] + found["moe.tokens.decode"] for _, _, found in children)
-    aborted = [r for r in traced.records.found if r.meta.id.rsplit("-", 1)[0] in ("cmpl-r16-0", "cmpl-r18-0")]
+    answered = {found["gen_ai.request.id"] for _, _, found in parents}
+    aborted = [r for r in traced.records.found if r.meta.id.rsplit("-", 1)[0].split("_")[-1] not in answered]
+    assert len(aborted) == 21 - len(parents)
     cut = sum(int(r.column("prefill")[0] + r.column("decode")[0]) for r in aborted)
     assert computed + cut == only(traced.server.metrics(), "moe_routed_tokens_total", layer="0")
 
@@ -203,21 +207,24 @@ def test_who_is_not_traced_has_no_span(traced: Traced) -> None:
     )
     assert only(samples, "moe_monitor_dropped_total", what="bad_moe_trace") == 1
     assert only(samples, "moe_monitor_sampled_requests_total") == before + 1
-    eventually(lambda: traced.records.of("cmpl-bad-0"), 3)
+    eventually(lambda: [r for r in traced.records.found if r.meta.id.startswith("cmpl-bad-0")], 3)
+    time.sleep(1)  # its span as well
     for name in ("cmpl-not-0", "cmpl-unsampled-0"):
         assert not [r for r in traced.records.found if r.meta.id.startswith(name)]
 
 
 def test_request_metrics_count_each_answered_request_once(traced: Traced) -> None:
+    answered = len(traced.receiver.named("moe.routing"))
+    assert answered >= 21
     samples = eventually(
-        lambda: (s := traced.server.metrics()) and only(s, "moe_request_entropy_ratio_count") == 21 and s, 3
+        lambda: (s := traced.server.metrics()) and only(s, "moe_request_entropy_ratio_count") == answered and s, 3
     )
     for name in ("moe_request_concentration_ratio", "moe_request_drift_bits"):
-        assert only(samples, f"{name}_count", model_name="tiny", engine="0") == 21
+        assert only(samples, f"{name}_count", model_name="tiny", engine="0") == answered
     for name in ("moe_request_e2e_seconds", "moe_request_ttft_seconds", "moe_request_tpot_seconds"):
         by_quartile = select(samples, f"{name}_count")
         assert {dict(labels)["quartile"] for labels in by_quartile} == {"1", "2", "3", "4"}
-        assert sum(by_quartile.values()) == 21
+        assert sum(by_quartile.values()) == answered
     total = sum(select(samples, "moe_request_e2e_seconds_sum").values())
     assert total < only(samples, "vllm:e2e_request_latency_seconds_sum")  # of all requests
     assert total > 0.5 * only(samples, "vllm:e2e_request_latency_seconds_sum")

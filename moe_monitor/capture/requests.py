@@ -6,6 +6,7 @@ the publisher's thread calls :meth:`Tracer.drain`.
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections import deque
@@ -94,6 +95,8 @@ class Tracer:
         self._looked = clock()
         self._free = deque(range(store.slots))
         self._live: dict[str, _Traced] = {}
+        self._slot_of: dict[str, int] = {}
+        self._prompts = np.zeros(max(1, store.slots), dtype=np.int64)  # by slot
         self._done: deque[tuple[int, Meta | None]] = deque()
         self._ids: list[str] = []
         self._codes: Codes | None = None
@@ -138,6 +141,7 @@ class Tracer:
     def _admit(self, request: New) -> None:
         if request.id in self._live:  # resumed after preemption, or one more turn of a session
             self._live[request.id].prompt_tokens = request.prompt_tokens
+            self._prompts[self._slot_of[request.id]] = request.prompt_tokens
             return
         try:
             wanted = wish(request.extra_args)
@@ -153,12 +157,14 @@ class Tracer:
         self._live[request.id] = _Traced(
             request.id, slot, request.prompt_tokens, request.cached, time.time(), self._clock()
         )
+        self._slot_of[request.id], self._prompts[slot] = slot, request.prompt_tokens
         self._status.sampled += 1
 
     def _end(self, request_id: str) -> None:
         traced = self._live.pop(request_id, None)
         if traced is None:
             return
+        del self._slot_of[request_id]
         meta = Meta(
             id=short_id(traced.id),
             prompt_tokens=traced.prompt_tokens,
@@ -174,7 +180,7 @@ class Tracer:
             if request_id in scheduled:
                 traced.seen = now
             elif now - traced.seen >= LOST_AFTER:
-                del self._live[request_id]
+                del self._live[request_id], self._slot_of[request_id]
                 self._done.append((traced.slot, None))
                 self._drop("lost_requests")
                 self._steady = False
@@ -199,23 +205,23 @@ class Tracer:
         self, ids: Sequence[str], tokens: int, scheduled: Mapping[str, int], computed: NDArray[Any]
     ) -> Codes | None:
         self._steady = False
-        n = [scheduled[i] for i in ids]
-        if sum(n) != tokens:
+        if sum(scheduled.values()) != tokens:
             # The model runner dropped rows and does not say whose: better no attribution than a wrong one.
             self._drop("unattributed_passes")
             return None
-        codes = np.full(tokens, -1, dtype=np.int32)
-        at, decoding = 0, True
-        for i, request in enumerate(ids):
-            traced = self._live.get(request)
-            if traced is not None:
-                prefill = min(max(traced.prompt_tokens - int(computed[i]), 0), n[i])
-                codes[at : at + prefill] = 2 * traced.slot
-                codes[at + prefill : at + n[i]] = 2 * traced.slot + 1
-                decoding &= prefill == 0
-            at += n[i]
-        self._ids, self._steady = list(ids), decoding and tokens == len(ids)
-        return codes if (codes >= 0).any() else None
+        slots = np.fromiter(map(self._slot_of.get, ids, itertools.repeat(-1)), np.int32, len(ids))
+        traced = slots >= 0
+        self._ids, self._steady = list(ids), tokens == len(ids)
+        if not traced.any():
+            return None
+        prefill = np.where(traced, self._prompts[slots] - computed[: len(ids)], 0)  # rows before the prompt's end
+        if tokens == len(ids):
+            self._steady = not (prefill > 0).any()
+            return np.where(traced, 2 * slots + (prefill <= 0), -1).astype(np.int32)
+        n = np.fromiter(map(scheduled.__getitem__, ids), np.int64, len(ids))
+        place = np.arange(tokens) - np.repeat(np.cumsum(n) - n, n)
+        codes = np.repeat(2 * slots, n) + (place >= np.repeat(prefill, n))
+        return np.where(np.repeat(traced, n), codes, -1).astype(np.int32)
 
     # the publisher's thread
 

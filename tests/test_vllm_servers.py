@@ -41,7 +41,8 @@ def test_two_api_servers_and_two_tensor_parallel_ranks_count_once(tiny_model: Pa
         assert set(select(server.metrics(), "moe_routed_tokens_total").values()) == {0}
         prompts = [[3 + (7 * i + j) % 290 for j in range(20 + i)] for i in range(8)]
         with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda p: server.complete(p, f"r{len(p)}"), prompts))
+            traced = {"vllm_xargs": {"moe_trace": 1}}
+            answers = list(pool.map(lambda p: server.complete(p, f"r{len(p)}", **traced), prompts))
         counts = np.zeros((4, 64), dtype=np.int64)
         for prompt, answer in zip(prompts, answers, strict=True):
             counts += oracle.counts(oracle.routing(prompt + answer["choices"][0]["token_ids"]).ids[:-1])
@@ -55,6 +56,10 @@ def test_two_api_servers_and_two_tensor_parallel_ranks_count_once(tiny_model: Pa
                 found = dict(labels)
                 got[int(found["layer"]), int(found["expert"])] = value
             assert np.abs(got - counts).sum() <= 2 * oracle.ties
+            # each API server counted the requests that it answered, and shows the sum
+            eventually(lambda: select(server.metrics(), "moe_request_e2e_seconds_count"), 3)
+            eventually(lambda: only(server.metrics(), "moe_request_entropy_ratio_count") == 8, 3)
+        assert only(samples, "moe_monitor_sampled_requests_total") == 8
         # The monitor of the other framework, on the same sequences: what was computed is all but the last token.
         sequences = [p + a["choices"][0]["token_ids"][:-1] for p, a in zip(prompts, answers, strict=True)]
         assert np.abs(expert_counts(oracle.model, sequences) - got).sum() <= 2 * oracle.ties

@@ -2,7 +2,9 @@
 
 One file per worker rank in the run directory (mode 0700, files 0600)::
 
-    8s magic | u32 version | u32 bytes of JSON | JSON (what the writer is, and the table of segments) | segments
+    8s magic | u32 version | u32 bytes of JSON | u32 CRC-32 of the JSON | JSON | segments
+
+The JSON says what the writer is and where the segments lie.
 
 A segment is a header (u64 sequence, u64 wall-clock ns of the write, u64 monotonic ns, u32 CRC-32 of all that plus the
 payload) followed by named arrays. It is rewritten as a whole with one ``pwrite``; a reader that meets a write in
@@ -38,7 +40,7 @@ MAGIC = b"MOEBOARD"
 VERSION = 1
 SUFFIX = ".board"
 
-_PREAMBLE = struct.Struct("<8sII")
+_PREAMBLE = struct.Struct("<8sIII")
 _SEGMENT = struct.Struct("<QQQI4x")
 _MAX_JSON = 1 << 20
 _MAX_SEGMENT = 1 << 30
@@ -129,7 +131,7 @@ class BoardWriter:
         text = json.dumps({"identity": dict(identity), "segments": plan}).encode()
         if len(text) > _MAX_JSON:
             raise BoardError(f"the board's description has {len(text)} bytes, more than {_MAX_JSON}")
-        preamble = _PREAMBLE.pack(MAGIC, VERSION, len(text)) + text
+        preamble = _PREAMBLE.pack(MAGIC, VERSION, len(text), zlib.crc32(text)) + text
         start = -(-len(preamble) // _ALIGN) * _ALIGN
         self._segments = {
             key: (start + part["at"], bytearray(_SEGMENT.size + part["bytes"]), part["arrays"])
@@ -216,7 +218,7 @@ class BoardReader:
         head = os.pread(self._fd, _PREAMBLE.size, 0)
         if len(head) < _PREAMBLE.size:
             raise self._refuse("it is too short")
-        magic, version, length = _PREAMBLE.unpack(head)
+        magic, version, length, crc = _PREAMBLE.unpack(head)
         if magic != MAGIC:
             raise self._refuse("it does not begin as a board does")
         if version != VERSION:
@@ -224,6 +226,8 @@ class BoardReader:
         text = os.pread(self._fd, min(length, _MAX_JSON), _PREAMBLE.size)
         if length > _MAX_JSON or len(text) < length:
             raise self._refuse("its description is cut short")
+        if zlib.crc32(text) != crc:
+            raise self._refuse("its description is damaged")
         try:
             description = json.loads(text)
             self.identity: dict[str, Any] = dict(description["identity"])

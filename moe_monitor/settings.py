@@ -213,9 +213,9 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     known = {knob.env for knob in KNOBS}
     for name in sorted(env):
         if name.startswith(PREFIX) and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = difflib.get_close_matches(name[:100], known, n=1)
             hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(sorted(known))
-            raise SettingsError(f"{name!r} is not a moe-monitor setting; {hint}")
+            raise SettingsError(f"{name[:100]!r} is not a moe-monitor setting; {hint}")
     values: dict[str, Any] = {}
     for knob in KNOBS:
         text = env.get(knob.env, "").strip() or knob.default
@@ -224,7 +224,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
             continue
         try:
             values[knob.name.lower()] = knob.parse(text)
-        except (ValueError, OverflowError):
+        except (ValueError, OverflowError, RuntimeError):  # expanduser knows no such user
             raise SettingsError(f"{knob.env}={text[:200]!r} is not allowed; it takes {knob.allowed}") from None
     assert set(values) == {f.name for f in fields(Settings)}
     return Settings(**values)

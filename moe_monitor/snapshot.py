@@ -135,7 +135,7 @@ def _read_rank(reader: BoardReader) -> _Rank:
         if rows.shape != (len(layers), RowLayout(experts).width):
             raise ValueError(rows.shape)
         return _Rank(identity, status, record.age, rows, int(arrays["passes"][0]))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise BoardError(f"{str(reader.path)!r} is not a usable board: its content is damaged") from error
 
 

@@ -8,6 +8,7 @@ once per set of series and kept, so that a scrape only formats numbers.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,7 +29,10 @@ def escape(value: str) -> str:
 
 
 def _number(value: Any) -> str:
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond what a sample can hold
+        number = math.inf if value > 0 else -math.inf
     if number.is_integer() and abs(number) < 1e15:
         return str(int(number))
     return repr(number) if np.isfinite(number) else ("NaN" if number != number else "+Inf" if number > 0 else "-Inf")

@@ -186,6 +186,14 @@ def test_what_is_over_the_cap_is_dropped_and_slots_come_back() -> None:
     assert tokens_of(tally) == (2, 0), "the slot was not cleared"
 
 
+def test_where_tracing_is_not_possible_only_wishes_count_as_dropped() -> None:
+    engine = Engine()
+    engine.tracer._possible = lambda: False
+    engine.step([new("a"), new("b", moe_trace=1), new("c", moe_trace=0)])
+    assert (engine.tracer.in_flight, engine.status.sampled) == (0, 0)
+    assert engine.status.dropped == {"traced_requests": 1}
+
+
 def test_lost_requests_are_given_up() -> None:
     engine = Engine(slots=2)
     engine.step([new("lost"), new("slow")])

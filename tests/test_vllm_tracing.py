@@ -201,6 +201,7 @@ def test_who_is_not_traced_has_no_span(traced: Traced) -> None:
     server.complete(traced.prompt(5), "not", max_tokens=2, vllm_xargs={"moe_trace": 0})
     unsampled = {"traceparent": "00-aaf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00"}
     server.complete(traced.prompt(5), "unsampled", unsampled, max_tokens=2)
+    server.complete(traced.prompt(5), "several", unsampled, max_tokens=2, n=2, temperature=1.0)
     server.complete(traced.prompt(5), "bad", max_tokens=2, vllm_xargs={"moe_trace": "perhaps"})
     samples = eventually(
         lambda: (s := server.metrics()) and select(s, "moe_monitor_dropped_total", what="bad_moe_trace") and s, 3
@@ -209,8 +210,8 @@ def test_who_is_not_traced_has_no_span(traced: Traced) -> None:
     assert only(samples, "moe_monitor_sampled_requests_total") == before + 1
     eventually(lambda: [r for r in traced.records.found if r.meta.id.startswith("cmpl-bad-0")], 3)
     time.sleep(1)  # its span as well
-    for name in ("cmpl-not-0", "cmpl-unsampled-0"):
-        assert not [r for r in traced.records.found if r.meta.id.startswith(name)]
+    for name in ("cmpl-not-0", "cmpl-unsampled-0", "cmpl-several-0"):
+        assert not [r for r in traced.records.found if name in r.meta.id]
 
 
 def test_request_metrics_count_each_answered_request_once(traced: Traced) -> None:

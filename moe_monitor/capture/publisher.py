@@ -98,10 +98,12 @@ class Publisher:
             woken = self._wake.wait(max(0.0, wait if self._requests is None else min(wait, HAND_OVER)))
             self._wake.clear()
             try:
-                self.hand_over()
-                if woken or time.monotonic() >= due:
+                finished = self._requests is not None and self._requests.pending
+                if woken or finished or time.monotonic() >= due:
                     due = time.monotonic() + self._interval
-                    self.publish()
+                    self.publish()  # before the requests: whoever sees them also sees the load that they are part of
+                if finished:
+                    self.hand_over()
             except Exception as error:
                 self._fuse.blow("publish", error)
                 self._last_words()

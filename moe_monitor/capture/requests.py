@@ -75,7 +75,7 @@ class Tracer:
     """The traced requests of one rank.
 
     store: where they are tallied. dropped: counters of what is given up (of the rank's :class:`Status`). possible:
-    asked before a request is taken; False counts it as dropped.
+    asked before a request is taken; False: none is, and those that asked for it count as dropped.
     """
 
     def __init__(
@@ -150,7 +150,11 @@ class Tracer:
             self._drop("bad_moe_trace")
         if not (chosen(request.id, self._ratio) if wanted is None else wanted):
             return
-        if not self._free or not self._possible():
+        if not self._possible():
+            if wanted:  # what chance alone would have picked is no loss
+                self._drop("traced_requests")
+            return
+        if not self._free:
             self._drop("traced_requests")
             return
         slot = self._free.popleft()

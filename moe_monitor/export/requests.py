@@ -130,16 +130,24 @@ class FleetLoad:
         self._loads: dict[tuple[str, str, str], tuple[tuple[int, ...], NDArray[np.int64]]] = {}
 
     def of(self, record: RequestRecord) -> NDArray[np.int64] | None:
+        """The load [layers, experts] of the request's engine, None when it is not known."""
+        key = (record.server, record.model_name, record.engine)
         with self._lock:
-            if time.monotonic() - self._read >= self.REFRESH:
-                self._read = time.monotonic()
-                self._loads = {}
-                for engine in self._collector.read():
-                    if engine.layout is not None:
-                        rows = self._collector.history.window(engine, FLEET_WINDOW)
-                        self._loads[engine.key] = (engine.layers, engine.layout.column(rows, "experts"))
-            layers, load = self._loads.get((record.server, record.model_name, record.engine), ((), None))
+            age = time.monotonic() - self._read
+            known = self._loads.get(key)
+            # An engine that has only begun to route is looked at again at once.
+            if age >= self.REFRESH or (age >= 0.1 and (known is None or not known[1].any())):
+                self._refresh()
+            layers, load = self._loads.get(key, ((), None))
         return load if layers == record.layers else None
+
+    def _refresh(self) -> None:
+        self._read = time.monotonic()
+        self._loads = {}
+        for engine in self._collector.read():
+            if engine.layout is not None:
+                rows = self._collector.history.window(engine, FLEET_WINDOW)
+                self._loads[engine.key] = (engine.layers, engine.layout.column(rows, "experts"))
 
 
 def recent(directory: Path, fleet: FleetLoad, limit: int = 1000) -> list[Summary]:

@@ -380,7 +380,9 @@ class Capture:
             self.meter.before_capture(kinds * sum(config.cudagraph_capture_sizes or ()))
             self.fuse.status.capture = self.meter.capture
             if self.meter.fallback:
-                logger.info("moe-monitor counts inside the CUDA graphs, because %s", self.meter.fallback)
+                logger.info(
+                    "moe-monitor counts inside the CUDA graphs and traces no requests, because %s", self.meter.fallback
+                )
 
     def close(self) -> None:
         self.detach()

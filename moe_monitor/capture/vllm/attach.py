@@ -329,12 +329,15 @@ class Capture:
             preempted = scheduled.preempted_req_ids or ()
             self.tracer.step(new, preempted, scheduled.finished_req_ids, scheduled.num_scheduled_tokens)
 
-    def trace_rows(self, batch: Any, tokens: int, scheduled: Any, computed: Any) -> None:
-        """Whose the rows of the coming pass are; ``batch`` is the model runner's, ``scheduled`` by request id."""
+    def trace_rows(self, batch: Any, scheduled: Any, computed: str, tokens: int | None = None) -> None:
+        """Whose the rows of the coming pass are. ``batch`` is the model runner's, ``scheduled`` tokens by request id,
+        ``computed`` names the batch's array of first positions, ``tokens`` is by default the batch's own number.
+        """
         if self.fuse.blown or self.tracer is None:
             return
         with self.fuse.guard("requests"):
-            self.tracer.rows(batch.req_ids, tokens, scheduled, computed)
+            rows = int(batch.num_tokens) if tokens is None else tokens
+            self.tracer.rows(batch.req_ids, rows, scheduled, getattr(batch, computed))
 
     def begin_pass(self, tokens: int) -> None:
         """A real pass of ``tokens`` tokens is about to run."""

@@ -41,8 +41,8 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
     @functools.wraps(model_forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
         capture.begin_pass(scheduled)
-        batch = runner.input_batch
-        capture.trace_rows(batch, scheduled, per_request, batch.num_computed_tokens_cpu)
+        batch = getattr(runner, "input_batch", None)
+        capture.trace_rows(batch, per_request, "num_computed_tokens_cpu", scheduled)
         result = model_forward(*args, **kwargs)
         capture.end_pass(scheduled)
         return result

@@ -28,7 +28,7 @@ def patch_runner(module: ModuleType) -> None:
 def _patch_steps(runner: Any, capture: Capture) -> None:
     global _active
     _active = capture
-    execute_model, prepare_inputs = runner.execute_model, runner.prepare_inputs
+    execute_model, prepare_inputs = runner.execute_model, getattr(runner, "prepare_inputs", None)
 
     @functools.wraps(execute_model)
     def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -48,15 +48,18 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
             capture.end_pass(int(state.input_batch.num_tokens))
         return result
 
+    runner.execute_model = execute
+    if prepare_inputs is None:
+        capture.tracer = None  # counting does without it, tracing requests does not
+        return
+
     @functools.wraps(prepare_inputs)
     def prepare(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        # Never called for dummy passes; what it returns is the order of the rows.
+        # Never called for dummy passes; what it returns tells the order of the rows.
         batch = prepare_inputs(scheduler_output, *args, **kwargs)
-        scheduled = scheduler_output.num_scheduled_tokens
-        capture.trace_rows(batch, int(batch.num_tokens), scheduled, batch.num_computed_tokens_np)
+        capture.trace_rows(batch, scheduler_output.num_scheduled_tokens, "num_computed_tokens_np")
         return batch
 
-    runner.execute_model = execute
     runner.prepare_inputs = prepare
 
 

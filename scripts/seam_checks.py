@@ -34,8 +34,12 @@ KEPT = (
     f"{MOE}/router/*.py",
     f"{MOE}/runner/*.py",
     "vllm/model_executor/models/utils.py",
+    "vllm/tracing/otel.py",
     "vllm/v1/core/sched/output.py",
+    "vllm/v1/engine/input_processor.py",
+    "vllm/v1/engine/output_processor.py",
     "vllm/v1/metrics/loggers.py",
+    "vllm/v1/metrics/stats.py",
     "vllm/v1/worker/*.py",
     "vllm/v1/worker/cpu/*.py",
     "vllm/v1/worker/gpu/*.py",
@@ -369,7 +373,36 @@ def _late_import(sources: Sources) -> str:
     raise Changed("attach_router is not imported inside a function", path, 1)
 
 
+def _v2_prepare(sources: Sources) -> str:
+    """``prepare_inputs`` is called for real passes only, and returns the batch in the order of its rows."""
+    execute = sources.function(V2, "execute_model", "GPUModelRunner")
+    takes(V2, "prepare_inputs", "scheduler_output", cls="GPUModelRunner")(sources)
+    has("vllm/v1/worker/gpu/input_batch.py", "InputBatch", "req_ids", "num_computed_tokens_np")(sources)
+    calls = _calls(execute, "self.prepare_inputs")
+    for node in ast.walk(execute):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "not dummy_run":
+            inside = [c for statement in node.body for c in _calls(statement, "self.prepare_inputs")]
+            if inside and len(inside) == len(calls):
+                return f"{V2}:{inside[0].lineno}"
+    raise Changed("execute_model does not prepare the inputs of real passes only", V2, execute.lineno)
+
+
+def _finish_and_trace(sources: Sources) -> str:
+    """The output processor calls both methods on itself, with the request first where we expect it."""
+    cls = sources.cls(OUTPUT, "OutputProcessor")
+    takes(OUTPUT, "_update_stats_from_finished", "req_state", "finish_reason", "iteration_stats", cls=cls.name)(sources)
+    takes(OUTPUT, "do_tracing", "engine_core_output", "req_state", cls=cls.name)(sources)
+    has(OUTPUT, "OutputProcessor", "tracing_enabled")(sources)
+    for name in ("_update_stats_from_finished", "do_tracing"):
+        if not _calls(cls, f"self.{name}"):
+            raise Changed(f"{name} is not called on the processor", OUTPUT, cls.lineno)
+    return f"{OUTPUT}:{cls.lineno}"
+
+
 CONFIG = f"{MOE}/config.py"
+OUTPUT = "vllm/v1/engine/output_processor.py"
+SCHEDULED = "vllm/v1/core/sched/output.py"
+STATS = "vllm/v1/metrics/stats.py"
 CONTEXT = "vllm/forward_context.py"
 COMPILATION = "vllm/config/compilation.py"
 
@@ -422,6 +455,7 @@ CHECKS = (
         takes(GRAPHS, "run_fullgraph", "desc", cls="ModelCudaGraphManager"),
     ),
     Check("runner_v2", "graphs are replayed through the manager", _v2_graphs),
+    Check("runner_v2", "prepare_inputs runs for real passes only", _v2_prepare),
     Check("attach", "MoERunner is a module of the model", _module_base),
     Check(
         "attach",
@@ -490,6 +524,58 @@ CHECKS = (
         "CompilationConfig fields",
         has(COMPILATION, "CompilationConfig", "cudagraph_mode", "cudagraph_capture_sizes"),
     ),
+    Check(
+        "attach",
+        "SchedulerOutput of requests",
+        has(
+            SCHEDULED,
+            "SchedulerOutput",
+            "scheduled_new_reqs",
+            "num_scheduled_tokens",
+            "finished_req_ids",
+            "preempted_req_ids",
+        ),
+    ),
+    Check(
+        "attach",
+        "NewRequestData fields",
+        has(
+            SCHEDULED,
+            "NewRequestData",
+            "req_id",
+            "prompt_token_ids",
+            "prompt_embeds",
+            "num_computed_tokens",
+            "sampling_params",
+        ),
+    ),
+    Check(
+        "runner_v1",
+        "InputBatch.req_ids, num_computed_tokens_cpu",
+        has("vllm/v1/worker/gpu_input_batch.py", "InputBatch", "req_ids", "num_computed_tokens_cpu"),
+    ),
+    Check(
+        "tracing",
+        "InputProcessor.process_inputs",
+        takes("vllm/v1/engine/input_processor.py", "process_inputs", cls="InputProcessor"),
+    ),
+    Check("tracing", "OutputProcessor notes finished requests and traces them", _finish_and_trace),
+    Check("tracing", "RequestState.request_id, stats", has(OUTPUT, "RequestState", "request_id", "stats")),
+    Check(
+        "tracing",
+        "RequestStateStats fields",
+        has(
+            STATS,
+            "RequestStateStats",
+            "arrival_time",
+            "num_generation_tokens",
+            "first_token_latency",
+            "first_token_ts",
+            "last_token_ts",
+        ),
+    ),
+    Check("tracing", "IterationStats.iteration_timestamp", has(STATS, "IterationStats", "iteration_timestamp")),
+    Check("tracing", "get_span_exporter(endpoint)", takes("vllm/tracing/otel.py", "get_span_exporter", "endpoint")),
     Check("context", "get_forward_context", takes(CONTEXT, "get_forward_context")),
     Check("context", "is_forward_context_available", takes(CONTEXT, "is_forward_context_available")),
     Check(

@@ -73,20 +73,28 @@ def unpack(wheel: Path, cache: Path) -> Path:
         if target.exists():
             shutil.rmtree(target)
         (Path(folder) / "vllm").mkdir(exist_ok=True)
+        (Path(folder) / _STAMP).write_text("\n".join(KEPT))
         # In one step at the end, so that an interrupted run leaves no half release behind
-        (Path(folder) / "vllm").rename(_made(target) / "vllm")
+        Path(folder).rename(target)
+        Path(folder).mkdir()  # for the context manager to remove
     return target
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    return folder
+#: Says which files a folder of the cache was made with: an older list may lack some.
+_STAMP = "kept.txt"
+
+
+def _usable(folder: Path, version: str) -> bool:
+    try:
+        same = (folder / _STAMP).read_text() == "\n".join(KEPT)
+    except OSError:
+        return False
+    return same and (folder.name == version or (version.count(".") < 2 and folder.name.startswith(f"{version}.")))
 
 
 def download(minor: str, cache: Path) -> Path:
     """The sources of the newest patch release of ``0.NN``, from the cache or from the package index."""
-    kept = [p for p in cache.glob(f"{minor}*") if p.name.split("+")[0].split(".")[:2] == minor.split(".")[:2]]
-    kept = [p for p in kept if (p / "vllm").is_dir() and (minor.count(".") < 2 or p.name == minor)]
+    kept = [folder for folder in cache.iterdir() if _usable(folder, minor)]
     if kept:
         return max(kept, key=lambda p: [int(n) for n in p.name.split("+")[0].split(".") if n.isdigit()])
     wanted = f"vllm=={minor}" if minor.count(".") > 1 else f"vllm=={minor}.*"

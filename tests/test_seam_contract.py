@@ -112,10 +112,15 @@ def test_exit_code_and_report(tmp_path, index, capsys):
     assert "| `attach.py` | Runner.run | found | found |" in report
 
     kept = sorted(str(p.relative_to(tmp_path / "cache")) for p in (tmp_path / "cache").rglob("*") if p.is_file())
-    assert kept == ["0.26.0/vllm/__init__.py", "0.27.1/vllm/__init__.py"]
+    assert [k for k in kept if k.endswith(".py")] == ["0.26.0/vllm/__init__.py", "0.27.1/vllm/__init__.py"]
 
+    saved = dict(index)
     index.clear()  # the cache suffices
     assert seam_contract.main(arguments, ONE) == 0
+    (tmp_path / "cache" / "0.26.0" / "kept.txt").write_text("vllm/other.py")  # made by another version of the script
+    index.update(saved)
+    assert seam_contract.main(arguments, ONE) == 0
+    assert (tmp_path / "cache" / "0.26.0" / "kept.txt").read_text() == "\n".join(KEPT)
 
     index["0.29.0"] = BAD
     assert seam_contract.main([*arguments, "0.29"], ONE) == 1
@@ -171,7 +176,11 @@ MUTATIONS = [
     ("vllm/v1/worker/gpu/model_runner.py", ".run_fullgraph(", ".replay(", "graphs are replayed", "changed"),
     ("vllm/v1/worker/gpu/input_batch.py", "    num_tokens: int\n", "", "input_batch.num_tokens", "missing"),
     ("vllm/v1/worker/gpu/cudagraph_utils.py", "create_forward_fn(desc,", "create_forward_fn(", "descriptor", "changed"),
-    ("vllm/v1/core/sched/output.py", "total_num_scheduled_tokens", "num_tokens", "SchedulerOutput", "missing"),
+    ("vllm/v1/worker/gpu/model_runner.py", "self.prepare_inputs(", "self.prepare(", "prepare_inputs runs", "changed"),
+    ("vllm/v1/engine/output_processor.py", "self.do_tracing(", "trace(", "finished requests", "changed"),
+    ("vllm/v1/engine/input_processor.py", "def process_inputs(", "def process(", "process_inputs", "missing"),
+    ("vllm/v1/metrics/stats.py", "first_token_latency", "ttft", "RequestStateStats", "missing"),
+    ("vllm/v1/core/sched/output.py", "total_num_scheduled_tokens", "num_tokens", "SchedulerOutput.total", "missing"),
     (f"{MOE}/router/base_router.py", "self._compute_routing(", "compute(self, ", "on the instance", "changed"),
     (f"{MOE}/router/grouped_topk_router.py", "router_logits: torch.Tensor,", "", "every router", "changed"),
     (f"{MOE}/runner/moe_runner.py", "def is_monolithic(", "def monolithic(", "MoERunner attributes", "missing"),

@@ -31,7 +31,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self) -> None:
-        self.reply(MoeCollector(DIRECTORY, max_series=2048).render() if self.path == "/metrics" else b"")
+        self.reply(
+            MoeCollector(DIRECTORY, server="server-1", max_series=2048).render() if self.path == "/metrics" else b""
+        )
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

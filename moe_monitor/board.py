@@ -4,12 +4,13 @@ One file per worker rank in the run directory (mode 0700, files 0600)::
 
     8s magic | u32 version | u32 bytes of JSON | u32 CRC-32 of the JSON | JSON | segments
 
-The JSON says what the writer is and where the segments lie.
+The JSON says what the writer is and has the table of segments.
 
-A segment is a header (u64 sequence, u64 wall-clock ns of the write, u64 monotonic ns, u32 CRC-32 of all that plus the
-payload) followed by named arrays. It is rewritten as a whole with one ``pwrite``; a reader that meets a write in
-progress sees a wrong CRC and reads again, so no reader blocks the writer and no torn record is ever used. The CRC
-makes that independent of the processor's memory order.
+A segment is two slots, each a header (u64 sequence, u64 wall-clock ns of the write, u64 monotonic ns, u32 CRC-32 of
+all that plus the payload) followed by named arrays. They are written in turn, as a whole, with one ``pwrite``. A reader
+takes the newest slot whose CRC is right, so no reader blocks the writer, no torn record is ever used, and a writer that
+is interrupted in the middle of a write, for however long, leaves the one before. The CRC makes that independent of the
+processor's memory order.
 
 ``pread``/``pwrite`` rather than a memory map: when somebody truncates the file or the disk is full, a mapped access
 kills the process with SIGBUS; these calls return an error.
@@ -23,10 +24,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
+import re
 import stat
 import struct
 import time
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -37,14 +41,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAGIC = b"MOEBOARD"
-VERSION = 1
+VERSION = 2
 SUFFIX = ".board"
 
 _PREAMBLE = struct.Struct("<8sIII")
 _SEGMENT = struct.Struct("<QQQI4x")
 _MAX_JSON = 1 << 20
-_MAX_SEGMENT = 1 << 30
+#: 128 layers of 65,536 experts take 64 MiB.
+_MAX_SEGMENT = 1 << 27
 _ALIGN = 64
+_DTYPE = re.compile(r"[<>|=]?(?:[iu][1248]|f[248]|S[1-9][0-9]{0,6})")
 
 ArraySpec = tuple[str, tuple[int, ...]]
 
@@ -106,8 +112,13 @@ def _plan(segments: Mapping[str, Mapping[str, ArraySpec]]) -> tuple[dict[str, An
             table[array] = {"at": inside, "dtype": dtype, "shape": list(shape)}
             inside += -(-size // 8) * 8
         plan[name] = {"at": at, "bytes": inside, "arrays": table}
-        at += -(-(_SEGMENT.size + inside) // _ALIGN) * _ALIGN
+        at += 2 * _slot(inside)
     return plan, at
+
+
+def _slot(size: int) -> int:
+    """Bytes from one slot of a segment to the next."""
+    return -(-(_SEGMENT.size + size) // _ALIGN) * _ALIGN
 
 
 class BoardWriter:
@@ -131,13 +142,14 @@ class BoardWriter:
         text = json.dumps({"identity": dict(identity), "segments": plan}).encode()
         if len(text) > _MAX_JSON:
             raise BoardError(f"the board's description has {len(text)} bytes, more than {_MAX_JSON}")
-        preamble = _PREAMBLE.pack(MAGIC, VERSION, len(text), zlib.crc32(text)) + text
+        self._preamble = preamble = _PREAMBLE.pack(MAGIC, VERSION, len(text), zlib.crc32(text)) + text
         start = -(-len(preamble) // _ALIGN) * _ALIGN
         self._segments = {
             key: (start + part["at"], bytearray(_SEGMENT.size + part["bytes"]), part["arrays"])
             for key, part in plan.items()
         }
         self._sequence = dict.fromkeys(plan, 0)
+        self._fd = -1
         self._directory = open_directory(directory, create=True)
         temporary = f".{name}.{os.getpid()}.tmp"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -160,7 +172,9 @@ class BoardWriter:
                 os.unlink(temporary, dir_fd=self._directory)
             os.close(self._fd)
             os.close(self._directory)
+            self._fd = -1
             raise BoardError(f"cannot write {str(self.path)!r}: {error.strerror}") from error
+        _writers.add(self)
 
     def write(self, segment: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Replace the given arrays of a segment (others keep their last content). Raises OSError, ValueError."""
@@ -176,8 +190,27 @@ class BoardWriter:
         stamp = (self._sequence[segment], time.time_ns(), time.monotonic_ns())
         _SEGMENT.pack_into(buffer, 0, *stamp, 0)
         _SEGMENT.pack_into(buffer, 0, *stamp, zlib.crc32(buffer))
-        if os.pwrite(self._fd, buffer, offset) != len(buffer):
+        slot = self._sequence[segment] % 2 * _slot(len(buffer) - _SEGMENT.size)
+        if os.pwrite(self._fd, buffer, offset + slot) != len(buffer):
             raise OSError(f"short write to {str(self.path)!r}")
+
+    @property
+    def in_place(self) -> bool:
+        """Whether readers still find this board as it was made; somebody may have removed or overwritten it."""
+        try:
+            mine, there = os.fstat(self._fd), os.stat(self.path, follow_symlinks=False)
+            if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
+                return True  # a successor has the name now: no fighting over it
+            return os.pread(self._fd, len(self._preamble), 0) == self._preamble
+        except OSError:
+            return False
+
+    def abandon(self) -> None:
+        """Let go of the file without removing it: a forked child has its parent's, lock and all."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            os.close(self._directory)
+            self._fd = -1
 
     def close(self) -> None:
         """Remove the file and let go of the lock. Safe to call twice."""
@@ -188,9 +221,19 @@ class BoardWriter:
             there = os.stat(self.path.name, dir_fd=self._directory, follow_symlinks=False)
             if (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino):
                 os.unlink(self.path.name, dir_fd=self._directory)
-        os.close(self._fd)
-        os.close(self._directory)
-        self._fd = -1
+        self.abandon()
+
+
+_writers: weakref.WeakSet[BoardWriter] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    for writer in list(_writers):
+        writer.abandon()
+
+
+# A child would hold the lock on after its parent's death, and remove the parent's board when it ends.
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class BoardReader:
@@ -240,8 +283,11 @@ class BoardReader:
                 )
                 for name, part in description["segments"].items()
             }
+            end = max((at + 2 * _slot(size) for at, size, _ in self._plan.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._refuse("its description is damaged") from error
+        if self._plan and info.st_size < self._start + end:
+            raise self._refuse("it is too short")
 
     @property
     def alive(self) -> bool:
@@ -267,14 +313,17 @@ class BoardReader:
             if attempt:
                 time.sleep(min(0.0002 * 2**attempt, 0.005))
             try:
-                data = bytearray(os.pread(self._fd, _SEGMENT.size + size, self._start + at))
+                both = os.pread(self._fd, 2 * _slot(size), self._start + at)
             except OSError as error:
                 raise self._refuse(f"reading failed: {error.strerror}") from error
-            if len(data) < _SEGMENT.size + size:
+            if len(both) < 2 * _slot(size):
                 raise self._refuse("it is too short")
-            sequence, wall, monotonic, crc = _SEGMENT.unpack_from(data)
-            _SEGMENT.pack_into(data, 0, sequence, wall, monotonic, 0)
-            if zlib.crc32(data) == crc:
+            slots = [both[i : i + _SEGMENT.size + size] for i in (0, _slot(size))]
+            for data in sorted(map(bytearray, slots), key=_SEGMENT.unpack_from, reverse=True):
+                sequence, wall, monotonic, crc = _SEGMENT.unpack_from(data)
+                _SEGMENT.pack_into(data, 0, sequence, wall, monotonic, 0)
+                if zlib.crc32(data) != crc:
+                    continue
                 arrays = {
                     name: np.frombuffer(data, dtype, count, _SEGMENT.size + offset).reshape(shape)
                     for name, (offset, dtype, count, shape) in table.items()
@@ -303,15 +352,14 @@ def _whole(value: Any, limit: int) -> int:
 
 
 def _array_spec(spec: Any, size: int) -> tuple[int, np.dtype[Any], int, tuple[int, ...]]:
-    dtype = np.dtype(str(spec["dtype"]))
-    if dtype.hasobject or dtype.kind not in "iufS":
-        raise ValueError(dtype)
+    if not _DTYPE.fullmatch(spec["dtype"]) or len(spec["shape"]) > 8:
+        raise ValueError("an array that no board has")
+    dtype = np.dtype(spec["dtype"])
     shape = tuple(_whole(n, _MAX_SEGMENT) for n in spec["shape"])
-    count = 1
-    for n in shape:
-        count *= n
+    count = math.prod(shape)
     at = _whole(spec["at"], _MAX_SEGMENT)
-    if len(shape) > 8 or at + count * dtype.itemsize > size:
+    # An empty array may still have dimensions that numpy cannot hold.
+    if at + count * dtype.itemsize > size or math.prod(n or 1 for n in shape) > _MAX_SEGMENT:
         raise ValueError("array outside its segment")
     return at, dtype, count, shape
 

@@ -88,7 +88,7 @@ class RecordWriter:
     """Writes records to a board made with :func:`record_segments`."""
 
     def __init__(self, board: BoardWriter, segments: Mapping[str, Any]) -> None:
-        self._board = board
+        self.board = board
         self._n = sum(name.startswith("request/") for name in segments)
         self._serial = 0
 
@@ -103,8 +103,8 @@ class RecordWriter:
             self._serial += 1
             meta = tally.meta.to_array(self._serial)
             arrays: dict[str, NDArray[Any]] = {"meta": meta, "counts": tally.counts, "stats": tally.stats}
-            self._board.write(f"request/{self._serial % self._n}", arrays)
-            self._board.write(INDEX, {"serial": np.array([self._serial]), "n": np.array([self._n])})
+            self.board.write(f"request/{self._serial % self._n}", arrays)
+            self.board.write(INDEX, {"serial": np.array([self._serial]), "n": np.array([self._n])})
 
 
 @dataclass
@@ -227,6 +227,8 @@ class RecordReader:
     def _read(self, name: str, followed: _Followed, now: float) -> None:
         index = followed.reader.read(INDEX).arrays
         last, n = int(index["serial"][0]), int(index["n"][0])
+        if not 0 < n == sum(segment.startswith("request/") for segment in followed.reader.segments):
+            raise BoardError(f"{name!r} is not a usable board: its index is damaged")
         first = max(followed.serial + 1, last - n + 1)
         self.missed += first - followed.serial - 1
         for serial in range(first, last + 1):
@@ -236,7 +238,7 @@ class RecordReader:
                 meta = Meta.from_array(arrays["meta"])
                 identity = followed.reader.identity
                 key = (*(str(identity[k]) for k in ("server", "model_name", "engine")), meta.id)
-            except (BoardError, ValueError, KeyError, TypeError):
+            except (BoardError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 self.missed += 1
                 continue
             if meta.serial != serial:

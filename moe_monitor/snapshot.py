@@ -8,6 +8,7 @@ publish none.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,18 +53,32 @@ class Status:
     @classmethod
     def from_array(cls, array: NDArray[np.uint8]) -> Status:
         """Raises ValueError for anything :meth:`to_array` would not have written."""
-        data = json.loads(array.tobytes().rstrip(b"\0"))
-        if not isinstance(data, dict):
-            raise ValueError("status is not an object")
-        return cls(
-            active=bool(data["active"]),
-            reason=str(data["reason"]),
-            capture=str(data["capture"]),
-            errors={str(k): int(v) for k, v in data["errors"].items()},
-            dropped={str(k): int(v) for k, v in data["dropped"].items()},
-            hook_seconds=float(data["hook_seconds"]),
-            sampled=int(data.get("sampled", 0)),
-        )
+        text = array.tobytes().rstrip(b"\0")
+        if not text:  # a board that was made a moment ago
+            return cls()
+        try:
+            data = json.loads(text)
+            status = cls(
+                active=bool(data["active"]),
+                reason=str(data["reason"]),
+                capture=str(data["capture"]),
+                errors={str(k): _count(v) for k, v in data["errors"].items()},
+                dropped={str(k): _count(v) for k, v in data["dropped"].items()},
+                hook_seconds=float(data["hook_seconds"]),
+                sampled=_count(data.get("sampled", 0)),
+            )
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError("the status is damaged") from error
+        if not 0 <= status.hook_seconds < math.inf:
+            raise ValueError("the status is damaged")
+        return status
+
+
+def _count(value: Any, limit: int = 1 << 63) -> int:
+    number = int(value)
+    if not 0 <= number < limit:
+        raise ValueError(value)
+    return number
 
 
 @dataclass
@@ -126,16 +141,18 @@ def _read_rank(reader: BoardReader) -> _Rank:
     record = reader.read("status")
     try:
         status = Status.from_array(record.arrays["json"])
-        layers, experts = [int(i) for i in identity["layers"]], int(identity["experts"])
+        layers, experts = [_count(i, 1 << 31) for i in identity["layers"]], int(identity["experts"])
+        for name in ("top_k", "hidden_size", "intermediate_size", "matrices"):
+            _count(identity.get(name, 0), 1 << 31)
         str(identity["server"]), str(identity["model_name"]), str(identity["engine"])
         if "routing" not in reader.segments:
             return _Rank(identity, status, record.age, None, 0)
         arrays = reader.read("routing").arrays
-        rows = np.asarray(arrays["rows"], dtype=np.int64)
-        if rows.shape != (len(layers), RowLayout(experts).width):
+        rows = arrays["rows"]
+        if rows.dtype != np.int64 or rows.shape != (len(layers), RowLayout(experts).width):
             raise ValueError(rows.shape)
         return _Rank(identity, status, record.age, rows, int(arrays["passes"][0]))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise BoardError(f"{str(reader.path)!r} is not a usable board: its content is damaged") from error
 
 

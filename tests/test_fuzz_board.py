@@ -1,6 +1,8 @@
 """Hostile boards: a clear refusal in bounded time and memory, never a crash, never a number that was not written."""
 
 import json
+import os
+import resource
 import time
 import zlib
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from moe_monitor.board import _PREAMBLE, _SEGMENT, MAGIC, VERSION, BoardError, BoardReader, BoardWriter
 from moe_monitor.export.collector import MoeCollector
 from moe_monitor.layout import RowLayout
-from moe_monitor.records import META_BYTES, Meta, short_id
+from moe_monitor.records import INDEX, META_BYTES, Meta, RecordReader, record_segments, short_id
 from moe_monitor.snapshot import STATUS_BYTES, STATUS_SEGMENT, Status, read_engines, routing_segment
 
 quick = settings(max_examples=200, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -119,6 +121,24 @@ specs = st.fixed_dictionaries(
 )
 
 
+@quick
+@given(spec=specs, at=sizes, size=sizes)
+@example(spec={"at": 0, "dtype": "S0", "shape": [5]}, at=0, size=64)
+@example(spec={"at": 0, "dtype": "S0", "shape": [2**30] * 8}, at=0, size=64)
+@example(spec={"at": 0, "dtype": "<i8", "shape": [0, 2**30, 2**30]}, at=0, size=64)
+@example(spec={"at": 0, "dtype": "i4,,", "shape": [1]}, at=0, size=64)
+@example(spec={"at": 2**30, "dtype": "u1", "shape": [0]}, at=0, size=64)
+@example(spec={"at": 0, "dtype": "<i8", "shape": [8]}, at=2**30, size=64)
+def test_absurd_arrays_are_refused_or_read(folder, spec, at, size):
+    description = {"identity": {}, "segments": {"s": {"at": at, "bytes": size, "arrays": {"a": spec}}}}
+    payload = bytes(range(64))
+    found = reads(write(folder, board(description, segment(payload))))
+    if found is not None:
+        array = found["s"]["a"]
+        assert array.tobytes() in payload
+        assert list(array.shape) == spec["shape"]
+
+
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
     lambda children: st.one_of(
@@ -137,7 +157,47 @@ def test_any_description_is_refused_or_read(folder, facts, segments):
     reads(write(folder, board({"identity": facts, "segments": segments}, segment(b"\0" * 64))))
 
 
+def test_a_shape_without_end_is_refused_at_once(folder):
+    shape = [2**30] * 87_000  # just under the largest description
+    spec = {"at": 0, "dtype": "<i8", "shape": shape}
+    content = board({"identity": {}, "segments": {"s": {"at": 0, "bytes": 64, "arrays": {"a": spec}}}})
+    started = time.perf_counter()
+    assert reads(write(folder, content)) is None
+    assert time.perf_counter() - started < 1
+
+
+def test_a_sparse_file_of_a_gibibyte_costs_neither_time_nor_memory(tmp_path):
+    description = {"identity": {}, "segments": {"s": {"at": 0, "bytes": 1 << 30, "arrays": {}}}}
+    path = tmp_path / "sparse.board"
+    path.write_bytes(board(description))
+    os.truncate(path, (1 << 30) + 4096)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    assert reads(path) is None
+    assert time.perf_counter() - started < 5
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10 < 400  # MiB
+
+
 # the status
+
+
+@quick
+@given(st.one_of(st.binary(max_size=200), json_values.map(lambda v: json.dumps(v).encode())))
+@example(b"[" * STATUS_BYTES)
+@example(b'{"active":1,"reason":"","capture":"","errors":[],"dropped":{},"hook_seconds":0}')
+@example(b'{"active":1,"reason":"","capture":"","errors":{"a":Infinity},"dropped":{},"hook_seconds":0}')
+@example(b'{"active":1,"reason":"","capture":"","errors":{"a":-1},"dropped":{},"hook_seconds":0}')
+@example(b'{"active":1,"reason":"","capture":"","errors":{"a":' + b"9" * 400 + b'},"dropped":{},"hook_seconds":0}')
+@example(b'{"active":1,"reason":"","capture":"","errors":{},"dropped":{},"hook_seconds":NaN}')
+@example(b'{"active":1,"reason":"","capture":"","errors":{},"dropped":{},"hook_seconds":' + b"1" * 400 + b"}")
+def test_a_damaged_status_is_a_value_error(content):
+    array = np.frombuffer(content[:STATUS_BYTES].ljust(STATUS_BYTES, b"\0"), dtype=np.uint8)
+    try:
+        status = Status.from_array(array)
+    except ValueError:
+        return
+    assert all(0 <= n < 2**63 for n in (*status.errors.values(), *status.dropped.values()))
+    assert 0 <= status.hook_seconds < float("inf")
 
 
 @quick
@@ -168,6 +228,20 @@ def test_any_request_id_fits_its_record(request_id):
     got = Meta.from_array(array)
     assert (got.serial, got.finished) == (6, 5.0)
     assert got.id == sent.id.encode("utf-8", "replace").decode()
+
+
+@pytest.mark.parametrize(("serial", "n"), [(2**62, 2**62), (5, 0), (5, -1), (-5, 16), (2**62, 16), (5, 17)])
+def test_an_index_without_end_is_refused(tmp_path, serial, n):
+    directory = tmp_path / "run"
+    segments = {"status": STATUS_SEGMENT} | record_segments(1, 4)
+    writer = BoardWriter(directory, "rank-0", identity(layers=(0,), experts=4, top_k=2), segments)
+    writer.write(INDEX, {"serial": np.array([serial]), "n": np.array([n])})
+    reader = RecordReader(directory)
+    started = time.perf_counter()
+    assert reader.poll() == []
+    assert time.perf_counter() - started < 2
+    reader.close()
+    writer.close()
 
 
 # one bad board does not hide the others
@@ -212,3 +286,14 @@ def test_a_bad_status_leaves_the_others_shown(tmp_path, status):
         engines = read_engines(directory, on_error=told.append)
     assert [e.server for e in engines] == ["server-1"]
     assert len(told) == 1
+
+
+def test_counters_of_another_type_are_refused(tmp_path):
+    """Floats would be cast to integers, NaN among them to anything."""
+    facts, width = identity(layers=(0,), experts=4, top_k=2), RowLayout(4).width
+    segments = {"status": STATUS_SEGMENT, "routing": {"rows": ("<f8", (1, width)), "passes": ("<i8", (1,))}}
+    writer = BoardWriter(tmp_path / "run", "rank-0", facts, segments)
+    writer.write("status", {"json": Status(active=True).to_array()})
+    writer.write("routing", {"rows": np.full((1, width), np.nan)})
+    assert read_engines(tmp_path / "run") == []
+    writer.close()

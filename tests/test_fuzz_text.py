@@ -139,3 +139,11 @@ def test_any_number_is_written(value):
         assert got == (float("inf") if value > 0 else float("-inf")) or abs(got - value) <= abs(value) * 1e-15
     else:
         assert got == float(value)
+
+
+def test_the_text_of_servers_that_are_gone_is_forgotten():
+    exposition = Exposition()
+    for number in range(1000):
+        family = Family(BY_NAME["moe_monitor_active"], ("m", "0"), [()], [1], server=f"server-{number}")
+        exposition.render([family])
+    assert len(exposition._prefixes) <= 200

@@ -80,7 +80,9 @@ class Publisher:
         self._requests = requests if source is not None else None
         if self._requests is not None:
             segments |= record_segments(len(identity["layers"]), identity["experts"])
-        self._board = BoardWriter(directory, name, identity, segments)
+        self._logger = logger
+        self._make_board = lambda: BoardWriter(directory, name, identity, segments)
+        self._board = self._make_board()
         self._records = RecordWriter(self._board, segments)
         remove_dead_boards(directory)
         self._published = -1
@@ -111,6 +113,11 @@ class Publisher:
 
     def publish(self) -> None:
         """One round. Raises what the board or the device copy raise."""
+        if not self._board.in_place:  # by a clean-up of temporary folders, or by the end of a login
+            self._logger.warning("moe-monitor: the board %r was removed or damaged, made anew", str(self._board.path))
+            self._board.close()
+            self._board = self._records.board = self._make_board()
+            self._published = -1
         source = self._source
         if source is not None and not self._fuse.blown and source.passes != self._published:
             passes = source.passes  # before the reading: a pass that ends meanwhile is read again next time

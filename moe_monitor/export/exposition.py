@@ -20,6 +20,9 @@ from moe_monitor.export.families import Exemplar, Family, Labels
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
+#: Renderings after which the text of series that are gone is forgotten.
+_KEEP = 100
+
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
@@ -46,10 +49,12 @@ class Exposition:
     """Writes families; keeps the text of names and labels between calls. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._prefixes: dict[tuple[str, Labels], tuple[list[Labels], list[str]]] = {}
+        self._prefixes: dict[tuple[str, Labels], tuple[list[Labels], list[str], int]] = {}
+        self._round = 0
 
     def render(self, families: Iterable[Family], *, openmetrics: bool = False) -> bytes:
         """The exposition of all families, grouped by metric, each with HELP and TYPE; OpenMetrics ends in ``# EOF``."""
+        self._round += 1
         grouped: dict[str, list[Family]] = {}
         for family in families:
             if not family.labels:
@@ -63,6 +68,9 @@ class Exposition:
                 self._series(parts, family, openmetrics)
         if openmetrics:
             parts.append("# EOF\n")
+        if self._round % _KEEP == 0:  # servers come and go
+            old = self._round - _KEEP
+            self._prefixes = {key: kept for key, kept in self._prefixes.items() if kept[2] > old}
         return "".join(parts).encode()
 
     def _series(self, parts: list[str], family: Family, openmetrics: bool) -> None:
@@ -91,9 +99,10 @@ class Exposition:
         key = (family.metric.name, family.common)
         kept = self._prefixes.get(key)
         if kept is not None and kept[0] == family.labels:
-            return kept[1]
-        made = [prefix for labels in family.labels for prefix in _prefixes(family, labels)]
-        self._prefixes[key] = (list(family.labels), made)
+            labels, made, _ = kept
+        else:
+            labels, made = list(family.labels), [p for labels in family.labels for p in _prefixes(family, labels)]
+        self._prefixes[key] = (labels, made, self._round)
         return made
 
 

@@ -33,6 +33,7 @@ class History:
         self._from_start = from_start
         self._lock = threading.Lock()
         self._entries: dict[_Key, deque[_Entry]] = {}
+        self._ranks: dict[_Key, list[str]] = {}
 
     def add(self, engines: list[EngineSnapshot], now: float | None = None) -> None:
         """Remember these snapshots (at most one per RESOLUTION) and forget engines that are gone."""
@@ -40,12 +41,17 @@ class History:
         keep = max(WINDOWS.values()) + RESOLUTION
         with self._lock:
             for gone in set(self._entries) - {e.key for e in engines}:
-                del self._entries[gone]
+                del self._entries[gone], self._ranks[gone]
             for engine in engines:
                 entries = self._entries.setdefault(engine.key, deque())
-                if not entries or entries[-1][1].shape != engine.rows.shape:
-                    entries.clear()
+                ranks = [f"{i.get('rank')} {i.get('started')}" for i in engine.identities]
+                if not entries:
                     entries.append((now, np.zeros_like(engine.rows) if self._from_start else engine.rows))
+                elif self._ranks[engine.key] != ranks or not _grown(entries[-1][1], engine.rows):
+                    # A rank ended, came or started anew: what it had counted is no load of this window.
+                    entries.clear()
+                    entries.append((now, engine.rows))
+                self._ranks[engine.key] = ranks
                 if now - entries[-1][0] >= RESOLUTION:
                     entries.append((now, engine.rows))
                 while len(entries) > 2 and entries[1][0] <= now - keep:
@@ -58,4 +64,8 @@ class History:
             entries = list(self._entries.get(engine.key, ()))
         past = [rows for at, rows in entries[1:] if at <= now - seconds]
         base = past[-1] if past else entries[0][1] if entries else engine.rows
-        return engine.rows - base if base.shape == engine.rows.shape else np.zeros_like(engine.rows)
+        return engine.rows - base if _grown(base, engine.rows) else np.zeros_like(engine.rows)
+
+
+def _grown(before: NDArray[np.int64], after: NDArray[np.int64]) -> bool:
+    return before.shape == after.shape and bool((after >= before).all())

@@ -42,10 +42,14 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
         capture.begin_step(scheduler_output)
         capture.begin_pass(tokens)
         result = execute_model(scheduler_output, *args, **kwargs)
-        state = runner.execute_model_state
-        if state is not None:  # None: the runner found nothing to do
-            # Adaptive verification may drop draft tokens that were scheduled.
-            capture.end_pass(int(state.input_batch.num_tokens))
+        ran = None
+        with capture.fuse.guard("record", serving=False):
+            state = runner.execute_model_state
+            if state is not None:  # None: the runner found nothing to do
+                # Adaptive verification may drop draft tokens that were scheduled.
+                ran = int(state.input_batch.num_tokens)
+        if ran is not None:
+            capture.end_pass(ran)
         return result
 
     runner.execute_model = execute

@@ -52,7 +52,7 @@ def main() -> None:
     try:
         url = f"http://127.0.0.1:{args.port}"
         while True:
-            if server.poll() is not None or time.time() - start > 200:
+            if server.poll() is not None or time.time() - start > 330:
                 print((scratch / "log").read_text()[-3000:])
                 raise SystemExit("the server did not start")
             try:

@@ -1,8 +1,9 @@
 """End to end: ``vllm bench serve`` against servers with and without the monitor, paired and alternating.
 
 end_to_end.py [--rounds 2] [--gpus 0,1]
-One server with and one without the monitor on each of two GPUs. A round measures "with" on one GPU while "without" runs
-on the other, then the other way round, so that differences between the GPUs cancel. Prints a line per concurrency.
+One server with and one without the monitor on each GPU. With two GPUs a round measures "with" on one while "without"
+runs on the other, then the other way round, so that differences between the GPUs cancel. With one GPU (``--gpus 0``)
+the two run one after the other and take turns in being the first. Prints a line per concurrency.
 """
 
 from __future__ import annotations
@@ -80,11 +81,13 @@ def main() -> None:
             for turn in range(2 * args.rounds + 1):
                 on_gpu = turn % len(gpus)
                 off_gpu = (turn + 1) % len(gpus)
-                runs = {
-                    on: bench(folder, servers[g, on][0], concurrency, scratch)
-                    for g, on in ((on_gpu, True), (off_gpu, False))
-                }
-                for process in runs.values():
+                pair = [(on_gpu, True), (off_gpu, False)]
+                runs = []
+                for g, on in pair if turn % 2 else reversed(pair):
+                    runs.append(bench(folder, servers[g, on][0], concurrency, scratch))
+                    if len(gpus) == 1:
+                        runs[-1].wait()
+                for process in runs:
                     process.wait()
                 if turn == 0:
                     continue  # warm-up

@@ -304,33 +304,42 @@ class BoardReader:
         return tuple(self._plan)
 
     def read(self, segment: str) -> Record:
-        """One consistent copy of a segment. Raises BoardError if there is none, or none came within about 20 ms."""
+        """One consistent copy of a segment. Raises BoardError if there is none, or none came within about 50 ms.
+
+        Never older than what any reader of this board was given before. A slot is only believed to be the newest if
+        the other one is whole too, or if it is the only whole one twice in a row: a read that is held up between its
+        two slots could otherwise find an old slot, and the other one in the middle of the write after next.
+        """
         try:
             at, size, table = self._plan[segment]
         except KeyError:
             raise self._refuse(f"it has no segment {segment!r}") from None
-        for attempt in range(12):
-            if attempt:
-                time.sleep(min(0.0002 * 2**attempt, 0.005))
+        alone = -1
+        for attempt in range(13):
+            if attempt > 1:
+                time.sleep(min(0.0001 * 2**attempt, 0.005))
             try:
                 both = os.pread(self._fd, 2 * _slot(size), self._start + at)
             except OSError as error:
                 raise self._refuse(f"reading failed: {error.strerror}") from error
             if len(both) < 2 * _slot(size):
                 raise self._refuse("it is too short")
-            slots = [both[i : i + _SEGMENT.size + size] for i in (0, _slot(size))]
-            for data in sorted(map(bytearray, slots), key=_SEGMENT.unpack_from, reverse=True):
-                sequence, wall, monotonic, crc = _SEGMENT.unpack_from(data)
-                _SEGMENT.pack_into(data, 0, sequence, wall, monotonic, 0)
-                if zlib.crc32(data) != crc:
-                    continue
-                arrays = {
-                    name: np.frombuffer(data, dtype, count, _SEGMENT.size + offset).reshape(shape)
-                    for name, (offset, dtype, count, shape) in table.items()
-                }
-                # The monotonic clock is one for all processes of a boot; the wall clock may jump.
-                age = max(0.0, (time.monotonic_ns() - monotonic) / 1e9)
-                return Record(arrays, sequence, wall / 1e9, age)
+            slots = [bytearray(both[i : i + _SEGMENT.size + size]) for i in (0, _slot(size))]
+            whole = [data for data in slots if _is_whole(data)]
+            if not whole:
+                continue
+            data = max(whole, key=_SEGMENT.unpack_from)
+            sequence, wall, monotonic, _ = _SEGMENT.unpack_from(data)
+            if len(whole) == 1 and alone != sequence:
+                alone = sequence
+                continue
+            arrays = {
+                name: np.frombuffer(data, dtype, count, _SEGMENT.size + offset).reshape(shape)
+                for name, (offset, dtype, count, shape) in table.items()
+            }
+            # The monotonic clock is one for all processes of a boot; the wall clock may jump.
+            age = max(0.0, (time.monotonic_ns() - monotonic) / 1e9)
+            return Record(arrays, sequence, wall / 1e9, age)
         raise self._refuse("it is damaged")
 
     def close(self) -> None:
@@ -343,6 +352,13 @@ class BoardReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _is_whole(slot: bytearray) -> bool:
+    """Whether a slot is as it was written."""
+    sequence, wall, monotonic, crc = _SEGMENT.unpack_from(slot)
+    _SEGMENT.pack_into(slot, 0, sequence, wall, monotonic, 0)
+    return zlib.crc32(slot) == crc
 
 
 def _whole(value: Any, limit: int) -> int:

@@ -293,6 +293,39 @@ def test_a_writer_interrupted_in_the_middle_of_a_write_leaves_the_one_before(wri
     assert value(writer.path) == 9
 
 
+def test_a_read_that_is_held_up_gives_nothing_older_than_a_read_before(writer, monkeypatch):
+    """A reader copies one slot, sleeps through three writes, and copies the other in the middle of the fourth."""
+    pread = os.pread
+
+    def slots(fd, size, at):
+        data = pread(fd, size, at)
+        return data[: size // 2], data[size // 2 :]
+
+    with BoardReader(writer.path) as reader:
+        for n in (1, 2):  # sequences 2 and 3; the first was written when the board was made
+            write(writer, n)
+        before = reader.read("data")
+        held_up = []
+
+        def late(fd, size, at):
+            if not held_up:
+                early, newest = slots(fd, size, at)
+                for n in (3, 4):
+                    write(writer, n)
+                _, fourth = slots(fd, size, at)
+                torn = fourth[: size // 4] + newest[size // 4 :]
+                held_up.append(early + torn)
+                return held_up[0]
+            return pread(fd, size, at)
+
+        monkeypatch.setattr(board_module.os, "pread", late)
+        after = reader.read("data")
+    assert held_up
+    assert (before.sequence, int(before.arrays["x"][0])) == (3, 2)
+    assert after.sequence >= before.sequence
+    assert (after.sequence, int(after.arrays["x"][0])) == (5, 4)
+
+
 def test_a_board_cut_short_while_it_is_read_is_refused(writer):
     with BoardReader(writer.path) as reader:
         os.truncate(writer.path, writer.path.stat().st_size // 2)

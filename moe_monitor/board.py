@@ -358,7 +358,7 @@ def _is_whole(slot: bytearray) -> bool:
     """Whether a slot is as it was written."""
     sequence, wall, monotonic, crc = _SEGMENT.unpack_from(slot)
     _SEGMENT.pack_into(slot, 0, sequence, wall, monotonic, 0)
-    return zlib.crc32(slot) == crc
+    return bool(zlib.crc32(slot) == crc)
 
 
 def _whole(value: Any, limit: int) -> int:

@@ -25,6 +25,18 @@ CONCENTRATION_BUCKETS = (0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8
 DRIFT_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 PER_OUTPUT_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 1.6)
+#: From 5 us, a single decode stage on a fast GPU, to 50 ms, a long prefill.
+LAYER_SECONDS_BUCKETS = (5e-6, 1e-5, 2e-5, 3e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+STEP_SECONDS_BUCKETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+STEP_TOKENS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+#: Stages of an MoE layer. router: gate and top-k. experts: dispatch, expert GEMMs (shared experts too), combine.
+#: layer: the whole block, router and experts.
+STAGES = ("router", "experts", "layer")
+#: Kinds of forward passes: no request has more tokens than a decode step gives it; all have; some have.
+STEP_KINDS = ("decode", "prefill", "mixed")
+#: Layer durations are split in two: a pass with prompt tokens is a prefill, mixed or not.
+LAYER_KINDS = ("decode", "prefill")
 
 #: Trailing windows of the imbalance gauges: label value -> seconds.
 WINDOWS = {"1m": 60.0, "5m": 300.0}
@@ -133,6 +145,83 @@ METRICS: tuple[Metric, ...] = (
         "Load of the busiest expert-parallel rank over the mean rank, in the window, over all engines of the server "
         "on this node. The same value stands under each of its engines.",
         ("layer", "window"),
+    ),
+    Metric(
+        "moe_ep_rank_experts_seconds_total",
+        "counter",
+        "seconds",
+        "Time of the experts stage on an expert-parallel rank, all layers, over the sampled steps.",
+        ("ep_rank",),
+    ),
+    Metric(
+        "moe_ep_straggler_wait_ratio",
+        "gauge",
+        "ratio",
+        "Share of the slowest rank's experts time that this rank spends waiting for it, over the last sampled steps.",
+        ("ep_rank",),
+    ),
+    # time, by the device's own clock, on sampled steps
+    Metric(
+        "moe_layer_duration_seconds",
+        "histogram",
+        "seconds",
+        "Time of an MoE layer on sampled steps, by stage: router (gate and top-k), experts (dispatch, expert GEMMs, "
+        "combine), layer (both).",
+        ("layer", "stage", "kind"),
+        LAYER_SECONDS_BUCKETS,
+    ),
+    Metric(
+        "moe_step_duration_seconds",
+        "histogram",
+        "seconds",
+        "Time of the model's forward pass on sampled steps, by kind: decode, prefill, or mixed.",
+        ("kind",),
+        STEP_SECONDS_BUCKETS,
+    ),
+    Metric(
+        "moe_step_tokens",
+        "histogram",
+        "tokens",
+        "Tokens of the sampled steps: the batch sizes that the durations belong to.",
+        ("kind",),
+        STEP_TOKENS_BUCKETS,
+    ),
+    Metric(
+        "moe_step_moe_seconds_total",
+        "counter",
+        "seconds",
+        "Time in MoE layers within the sampled steps whose layers were timed.",
+        ("kind",),
+    ),
+    Metric(
+        "moe_step_timed_seconds_total",
+        "counter",
+        "seconds",
+        "Time of the sampled steps whose layers were timed; moe_step_moe_seconds_total over this is the MoE share.",
+        ("kind",),
+    ),
+    Metric(
+        "moe_layer_sampled_flops_total",
+        "counter",
+        "FLOPs",
+        "FLOPs of the expert GEMMs in the sampled steps; over the experts seconds of moe_layer_duration_seconds this "
+        "is the achieved rate.",
+        ("layer", "kind"),
+    ),
+    Metric(
+        "moe_imbalance_cost_ratio",
+        "gauge",
+        "ratio",
+        "Estimated experts time of the observed load over that of a perfectly balanced one, over recent sampled "
+        "steps; below 1 the imbalance saves time, as when fewer experts' weights are read.",
+        ("layer",),
+    ),
+    Metric(
+        "moe_imbalance_cost_error_ratio",
+        "gauge",
+        "ratio",
+        "Median relative error of the model behind moe_imbalance_cost_ratio, on sampled steps that it was not fitted "
+        "to.",
     ),
     # balance over a trailing window
     Metric(

@@ -75,6 +75,15 @@ def _interval_or_off(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def _count_or_off(low: int, high: int) -> Callable[[str], int]:
+    inside = _integer(low, high)
+
+    def parse(text: str) -> int:
+        return 0 if int(text) == 0 else inside(text)
+
+    return parse
+
+
 def _choice(*names: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         value = text.strip().lower()
@@ -177,6 +186,13 @@ KNOBS: tuple[Knob, ...] = (
         _integer(0, 4096),
     ),
     Knob(
+        "LATENCY_EVERY",
+        "200",
+        "0 (off), or 10 to 1000000 steps",
+        "One forward pass in so many is timed, layer by layer. Decode and prefill passes count together.",
+        _count_or_off(10, 1_000_000),
+    ),
+    Knob(
         "SPAN_EVENTS",
         "0",
         "0 or 1",
@@ -200,6 +216,7 @@ class Settings:
     baseline: Path | None
     sample_ratio: float
     max_traced: int
+    latency_every: int
     span_events: bool
 
 

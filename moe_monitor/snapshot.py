@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_monitor.board import ArraySpec, BoardError, BoardReader, live_boards
+from moe_monitor.latency import SEGMENT as LATENCY
+from moe_monitor.latency import EngineLatency, RankLatency, merge
 from moe_monitor.layout import RowLayout
 
 STATUS_BYTES = 8192
@@ -95,6 +97,8 @@ class EngineSnapshot:
     age: float
     status: Status
     identities: list[dict[str, Any]]
+    #: Durations of sampled steps, None where nothing is timed.
+    latency: EngineLatency | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -134,6 +138,7 @@ class _Rank:
     age: float
     rows: NDArray[np.int64] | None
     passes: int
+    latency: RankLatency | None = None
 
 
 def _read_rank(reader: BoardReader) -> _Rank:
@@ -145,13 +150,18 @@ def _read_rank(reader: BoardReader) -> _Rank:
         for name in ("top_k", "hidden_size", "intermediate_size", "matrices"):
             _count(identity.get(name, 0), 1 << 31)
         str(identity["server"]), str(identity["model_name"]), str(identity["engine"])
+        latency = None
+        if LATENCY in reader.segments:
+            ep = identity.get("ep")
+            ep_rank = _count(ep["rank"], 1 << 31) if isinstance(ep, dict) else None
+            latency = RankLatency(tuple(layers), reader.read(LATENCY).arrays, ep_rank)
         if "routing" not in reader.segments:
-            return _Rank(identity, status, record.age, None, 0)
+            return _Rank(identity, status, record.age, None, 0, latency)
         arrays = reader.read("routing").arrays
         rows = arrays["rows"]
         if rows.dtype != np.int64 or rows.shape != (len(layers), RowLayout(experts).width):
             raise ValueError(rows.shape)
-        return _Rank(identity, status, record.age, rows, int(arrays["passes"][0]))
+        return _Rank(identity, status, record.age, rows, int(arrays["passes"][0]), latency)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise BoardError(f"{str(reader.path)!r} is not a usable board: its content is damaged") from error
 
@@ -188,6 +198,7 @@ def _merge(ranks: list[_Rank]) -> EngineSnapshot:
         age=max(r.age for r in ranks),
         status=status,
         identities=[r.identity for r in ranks],
+        latency=merge(r.latency for r in ranks if r.latency is not None),
     )
 
 

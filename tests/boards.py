@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_monitor import __version__
 from moe_monitor.board import BoardWriter
+from moe_monitor.latency import SEGMENT, latency_segment
 from moe_monitor.layout import FIXED_POINT, HISTOGRAMS, RowLayout, edges
 from moe_monitor.snapshot import STATUS_SEGMENT, Status, routing_segment
 
@@ -65,15 +66,29 @@ def routed_rows(layers: int, experts: int, top_k: int, tokens: int, seed: int = 
 
 
 class FakeWorker:
-    """A board on disk, held alive by this process. Use as a context manager."""
+    """A board on disk, held alive by this process. Use as a context manager.
 
-    def __init__(self, directory: Path, name: str = "rank-0", tokens: int = 1000, **facts: Any) -> None:
+    ``latency``: arrays of a :class:`~moe_monitor.latency.LatencyTable` of as many layers.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str = "rank-0",
+        tokens: int = 1000,
+        latency: dict[str, np.ndarray] | None = None,
+        **facts: Any,
+    ) -> None:
         self.facts = identity(**facts)
         self.layers, self.experts = len(self.facts["layers"]), self.facts["experts"]
         segments = {"status": STATUS_SEGMENT}
         if self.layers:
             segments["routing"] = routing_segment(self.layers, RowLayout(self.experts).width)
+        if latency is not None:
+            segments[SEGMENT] = latency_segment(self.layers)
         self.board = BoardWriter(directory, name, self.facts, segments)
+        if latency is not None:
+            self.board.write(SEGMENT, latency)
         self.now = Status(active=True, capture="eager", reason="")
         self.status(self.now)
         if self.layers:

@@ -16,6 +16,7 @@ from moe_monitor import __version__, statistics
 from moe_monitor.catalog import BY_NAME, IDENTITY, WINDOWS, Metric
 from moe_monitor.export.drift import drift
 from moe_monitor.export.drift import ranks as baseline_ranks
+from moe_monitor.export.latency import latency
 from moe_monitor.export.windows import History
 from moe_monitor.layout import FIXED_POINT, HISTOGRAMS
 from moe_monitor.snapshot import EngineSnapshot
@@ -80,6 +81,7 @@ def families(engine: EngineSnapshot, history: History, max_series: int | None) -
         return Family(BY_NAME[name], identity, labels, values, sums)
 
     yield from _about_itself(engine, family)
+    yield from latency(engine, family, max_series)
     if engine.layout is None or not engine.layers:
         return
     layers: list[Labels] = [(str(i),) for i in engine.layers]

@@ -63,7 +63,7 @@ class Publisher:
     """Publishes a source to a board every ``interval`` seconds, and at once when the fuse blows.
 
     The board is made here, so that whoever asks finds the status of an inactive monitor too. ``source`` is None
-    where there is nothing to count, ``timings`` where nothing is timed. Raises BoardError when the board cannot be made.
+    where there is nothing to count, ``timings`` where nothing is timed. Raises BoardError when it cannot be made.
     """
 
     def __init__(

@@ -32,6 +32,12 @@ def moe_layers(model: torch.nn.Module) -> list[tuple[int, Any]]:
     return [(extract_layer_index(m.layer_name), m) for m in model.modules() if isinstance(m, MoERunner)]
 
 
+def parents_of(model: torch.nn.Module, layers: list[tuple[int, Any]]) -> list[Any]:
+    """For each MoE runner the module that holds it, and its gate where that lies outside of it."""
+    owner = {id(child): parent for parent in model.modules() for child in parent.children()}
+    return [owner[id(runner)] for _, runner in layers]
+
+
 def facts_of(runner: Any) -> RouterFacts:
     """Facts of one MoE layer. Raises NothingToMonitor where its router cannot be observed."""
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter

@@ -8,6 +8,8 @@ by the torch reference. Slow, but it shares neither retention nor tables, valid-
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -47,14 +49,23 @@ def _after_step(start: int, n: int) -> None:
         ROWS[position] = ROWS[position] + rows if position in ROWS else rows
 
 
-def install(scoring: str = "softmax") -> None:
-    """Patch vLLM's routers and model runners; before the model is loaded."""
+def chosen(n: int) -> list[Any]:
+    """What each layer's router chose for the first ``n`` rows of the last step: arrays [n, k] on the host."""
+    return [_buffers[key][1][:n].cpu().numpy() for key in _order]
+
+
+def nothing(runner: Any, scheduled: Any) -> None:
+    """After a step: nothing more to do."""
+
+
+def install(scoring: str = "softmax", after: Callable[[Any, Any], None] = nothing) -> None:
+    """Patch vLLM's routers and model runners; before the model is loaded. ``after`` see :func:`patch_runner`."""
     from vllm.v1.worker.gpu import model_runner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     patch_routers(scoring)
-    patch_runner(GPUModelRunner, positional_dummy=False)
-    patch_runner(model_runner.GPUModelRunner, positional_dummy=True)
+    patch_runner(GPUModelRunner, positional_dummy=False, after=after)
+    patch_runner(model_runner.GPUModelRunner, positional_dummy=True, after=after)
 
 
 def patch_routers(scoring: str = "softmax") -> None:
@@ -87,8 +98,10 @@ def patch_routers(scoring: str = "softmax") -> None:
                 patch_router(value)
 
 
-def patch_runner(cls, positional_dummy: bool, after=lambda: None) -> None:
-    """``positional_dummy``: execute_model's third argument says that the pass is a dummy (V2)."""
+def patch_runner(cls, positional_dummy: bool, after: Callable[[Any, Any], None] = nothing) -> None:
+    """``positional_dummy``: execute_model's third argument says that the pass is a dummy (V2). ``after`` is called with
+    the runner and the scheduler's output when a real step has been counted.
+    """
     original = cls.execute_model
 
     def execute(self, scheduler_output, *args, **kwargs):
@@ -97,7 +110,7 @@ def patch_runner(cls, positional_dummy: bool, after=lambda: None) -> None:
         n = scheduler_output.total_num_scheduled_tokens
         if real and n and not getattr(self, "shadow_off", False):
             _after_step(0, n)
-            after()
+            after(self, scheduler_output)
         return result
 
     cls.execute_model = execute

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$")
+_RAISED = re.compile(r"(^|\] )[\w.]*(Error|Exception)(: |$)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
@@ -52,8 +53,7 @@ class Server:
         if self.ready_s is not None:
             return True
         if self.process.poll() is not None:
-            text = self.log.read_text(errors="replace")
-            raise RuntimeError(f"the server on port {self.port} ended:\n{text[-3000:]}")
+            raise RuntimeError(f"the server on port {self.port} ended:\n{self.trouble()}")
         try:
             urllib.request.urlopen(self.url + "/health", timeout=2).close()
         except OSError:
@@ -66,8 +66,7 @@ class Server:
         end = time.monotonic() + seconds
         while not self.ask_ready():
             if time.monotonic() > end:
-                text = self.log.read_text(errors="replace")
-                raise RuntimeError(f"the server on port {self.port} was not ready in time:\n{text[-3000:]}")
+                raise RuntimeError(f"the server on port {self.port} was not ready in time:\n{self.trouble()}")
             time.sleep(0.1)
         assert self.ready_s is not None
         return self.ready_s
@@ -88,6 +87,14 @@ class Server:
         """The monitor's own lines in the log."""
         lines = self.log.read_text(errors="replace").splitlines()
         return [line[:240] for line in lines if "moe-monitor" in line]
+
+    def trouble(self) -> str:
+        """The end of the log's first traceback, else of the log."""
+        text = self.log.read_text(errors="replace")
+        lines = [line for line in text.splitlines() if not line.startswith("INFO: ")]
+        first = next((i for i, line in enumerate(lines) if "Traceback" in line), len(lines))
+        end = next((i for i in range(first, len(lines)) if _RAISED.search(lines[i])), len(lines) - 1)
+        return "\n".join(line[-240:] for line in lines[max(0, end - 14) : end + 4])
 
     def stop(self, patience: float = 8.0) -> None:
         """End the server and everything that it started. Safe to call twice."""

@@ -16,21 +16,24 @@ import torch
 ROWS: dict[int, torch.Tensor] = {}
 _buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 _order: list[int] = []
+_routers: list[Any] = []
 _maximum = int(os.environ.get("SHADOW_ROWS", "16384"))
 _scoring = "softmax"
+_patched = False
 TOKENS = 0
 
 
 def _copy(router: object, logits: torch.Tensor, ids: torch.Tensor) -> None:
     key = id(router)
     if key not in _buffers:
-        if torch.cuda.is_current_stream_capturing():
+        if logits.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("first seen under capture")
         _buffers[key] = (
             torch.zeros((_maximum, logits.shape[1]), dtype=logits.dtype, device=logits.device),
             torch.full((_maximum, ids.shape[1]), -1, dtype=torch.int64, device=ids.device),
         )
         _order.append(key)
+        _routers.append(router)
     n = logits.shape[0]
     _buffers[key][0][:n].copy_(logits)
     _buffers[key][1][:n].copy_(ids)
@@ -54,6 +57,11 @@ def chosen(n: int) -> list[Any]:
     return [_buffers[key][1][:n].cpu().numpy() for key in _order]
 
 
+def routers() -> list[Any]:
+    """The routers whose decisions were copied, in the order of the layers."""
+    return list(_routers)
+
+
 def nothing(runner: Any, scheduled: Any) -> None:
     """After a step: nothing more to do."""
 
@@ -69,18 +77,16 @@ def install(scoring: str = "softmax", after: Callable[[Any, Any], None] = nothin
 
 
 def patch_routers(scoring: str = "softmax") -> None:
-    global _scoring
+    global _scoring, _patched
     _scoring = scoring
-    from vllm.model_executor.layers.fused_moe.router import (
-        base_router,
-        custom_routing_router,
-        fused_topk_bias_router,
-        fused_topk_router,
-        grouped_topk_router,
-        routing_simulator_router,
-    )
+    if _patched:
+        return
+    _patched = True
+    from vllm.model_executor.layers.fused_moe.router import base_router, router_factory
 
-    def patch_router(cls):
+    assert router_factory  # imports every kind of router there is
+
+    def patch_router(cls: type) -> None:
         original = cls._compute_routing
 
         def compute(self, hidden_states, router_logits, *args, **kwargs):
@@ -90,12 +96,12 @@ def patch_routers(scoring: str = "softmax") -> None:
 
         cls._compute_routing = compute
 
-    modules = (custom_routing_router, fused_topk_bias_router, fused_topk_router, grouped_topk_router)
-    for module in (*modules, routing_simulator_router):
-        for value in list(vars(module).values()):
-            router = isinstance(value, type) and issubclass(value, base_router.BaseRouter)
-            if router and value.__module__ == module.__name__ and "_compute_routing" in vars(value):
-                patch_router(value)
+    waiting = base_router.BaseRouter.__subclasses__()
+    while waiting:
+        cls = waiting.pop()
+        waiting += cls.__subclasses__()
+        if "_compute_routing" in vars(cls):
+            patch_router(cls)
 
 
 def patch_runner(cls, positional_dummy: bool, after: Callable[[Any, Any], None] = nothing) -> None:

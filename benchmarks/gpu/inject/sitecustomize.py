@@ -23,6 +23,9 @@ if os.environ.get("SHADOW_DIR"):
         rows = torch.stack([shadow.ROWS[i] for i in range(len(shadow.ROWS))]).cpu().numpy()
         name = f"dp{engine}.tp{get_tensor_model_parallel_rank()}.npy"
         path = os.path.join(os.environ["SHADOW_DIR"], name)
+        if not os.path.exists(path):
+            with open(path + ".router", "w") as file:  # whose decisions these are
+                file.write(",".join(sorted({type(router).__name__ for router in shadow.routers()})))
         np.save(path + ".tmp.npy", rows)
         os.replace(path + ".tmp.npy", path)
 

@@ -65,7 +65,7 @@ def test_compiled_and_eager_agree_over_a_shared_compile_cache(tiny_model: Path, 
         "moe_monitor.capture.vllm",
         "moe_monitor.capture.vllm.plugin",
     ]
-    assert "compiling" in results["fresh"]["log"].lower() or "compile" in results["fresh"]["log"].lower()
+    assert "compil" in results["on"]["log"].lower()
 
 
 @pytest.mark.parametrize("where", ["attach", "publish"])

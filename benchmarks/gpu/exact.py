@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", default="1,2,4,8,16,32,64,128,256")
     parser.add_argument("--long", action="store_true", help="long prompts only: many tokens in little time")
     parser.add_argument("--off", action="store_true", help="without the monitor: plain replay times")
+    parser.add_argument("--limit-s", type=int, default=570, help="ends the process, whatever it does")
     parser.add_argument("--option", action="append", default=[], help="name=json value for LLM(...)")
     return parser.parse_args()
 
@@ -50,7 +52,7 @@ def routers_that_choose(model) -> None:
     for name, parameter in model.named_parameters():
         if "norm" in name and parameter.ndim == 1:
             parameter.data.fill_(1)
-        elif name.endswith(("gate.weight", "router.weight")):
+        elif name.endswith(("gate.weight", "router.weight")) and parameter.ndim == 2:  # CPUs pack it
             parameter.data.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
         elif name.endswith("embed_tokens.weight"):
             parameter.data.normal_(0, 1)
@@ -59,6 +61,8 @@ def routers_that_choose(model) -> None:
 def main() -> None:
     args = parse()
     sizes = [int(n) for n in args.sizes.split(",")]
+    signal.signal(signal.SIGALRM, lambda *_: print("LIMIT reached, nothing more to come", flush=True) or os._exit(2))
+    signal.alarm(args.limit_s)
     start = time.time()
     if not args.no_shadow:
         shadow.install("sigmoid" if args.family == "deepseek" else "softmax")

@@ -82,7 +82,8 @@ def measure(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         parameters = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
         llm.generate(prompts, parameters, use_tqdm=False)
-        torch.accelerator.synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         return time.perf_counter() - start
 
     mode = "eager" if args.eager else "graphs"

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -64,6 +65,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=120)
     parser.add_argument("--blocks", type=int, default=640, help="KV cache, blocks of 16 tokens: small, to preempt")
     parser.add_argument("--speculate", action="store_true")
+    parser.add_argument("--shadow-only", action="store_true", help="where vLLM cannot return routed_experts")
+    parser.add_argument("--limit-s", type=int, default=570, help="ends the process, whatever it does")
     parser.add_argument("--option", action="append", default=[], help="name=json value for LLM(...)")
     return parser.parse_args()
 
@@ -77,7 +80,7 @@ def traffic(args: argparse.Namespace, vocabulary: int) -> tuple[list[dict[str, l
         if args.speculate:
             tail = (tail[:20] * 40)[: max(40, len(tail))]  # repeats itself, so that drafts are found
         prompts.append({"prompt_token_ids": prefix + tail if i % 3 == 0 else tail})
-        several = {"n": 3, "temperature": 1.0, "seed": i} if i % 10 == 1 else {"temperature": 0.0}
+        several = {"n": 3, "temperature": 1.0} if i % 10 == 1 else {"temperature": 0.0}
         options.append({"max_tokens": draw.choice([1, 30, 200]), "ignore_eos": True, **several})
     return prompts, options
 
@@ -86,6 +89,8 @@ def main() -> None:
     global EXPERTS
     args = parse()
     start = time.monotonic()
+    signal.signal(signal.SIGALRM, lambda *_: print("LIMIT reached, nothing more to come", flush=True) or os._exit(2))
+    signal.alarm(args.limit_s)
     shadow.install("sigmoid" if args.family == "deepseek" else "softmax", after=attribute)
     from vllm import LLM, SamplingParams
 
@@ -97,7 +102,7 @@ def main() -> None:
     config = models.FAMILIES[args.family]
     EXPERTS = next(config[k] for k in ("num_experts", "n_routed_experts", "num_local_experts") if k in config)
     v2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "") == "1"
-    own = not v2 and not args.speculate
+    own = not v2 and not args.speculate and not args.shadow_only
     options: dict[str, Any] = {"max_num_batched_tokens": 512, "max_model_len": 2048, "max_num_seqs": 64}
     options |= {"gpu_memory_utilization": 0.5, "num_gpu_blocks_override": args.blocks, "block_size": 16}
     options |= {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}

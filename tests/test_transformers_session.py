@@ -532,8 +532,8 @@ def test_latency_is_taken_per_stage_and_adds_up() -> None:
         gate.forward = original
     first, second = m.summary().rows
     assert second["router_seconds_count"] == 3
-    assert second["router_seconds_p50"] == pytest.approx(0.02, abs=0.01)
-    assert first["router_seconds_p50"] < 0.01
+    assert second["router_seconds_p50"] >= 0.02  # on a busy machine it may take longer
+    assert second["router_seconds_p50"] - first["router_seconds_p50"] > 0.01
     for row in (first, second):
         assert 0 < row["router_seconds_mean"] + row["experts_seconds_mean"] <= row["layer_seconds_mean"] + 1e-6
         assert row["layer_seconds_p95"] >= row["layer_seconds_p50"]

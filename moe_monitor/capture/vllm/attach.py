@@ -78,6 +78,8 @@ class Capture:
         self.counts = False
         #: Which requests are traced; None where none are.
         self.tracer: Tracer | None = None
+        #: Whether the model runner is trying itself out with requests that nobody sent.
+        self.warming_up = False
         #: Key of the graph under capture, where the model runner knows it and the forward context does not.
         self.capturing: Hashable | None = None
         #: Key of the graph that was replayed in this pass, likewise.

@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from moe_monitor.snapshot import Status
 
@@ -56,28 +55,35 @@ class Fuse:
         with self._lock:
             self.status.errors[where] = self.status.errors.get(where, 0) + 1
 
-    def _spent(self, seconds: float, serving: bool) -> None:
-        if serving:
-            self.status.hook_seconds += seconds
+    def guard(self, where: str, *, serving: bool = True, on_error: Callable[[Exception], None] | None = None) -> Guard:
+        """Run a hook: what it raises blows the fuse, or goes to ``on_error``, instead of reaching the caller.
+
+        Its host time is counted, apart for serving and for starting up.
+        """
+        return Guard(self, where, serving, on_error)
+
+
+class Guard:
+    """See :meth:`Fuse.guard`. A class of its own: as a generator it would take three times as long, in every step."""
+
+    __slots__ = ("_fuse", "_on_error", "_serving", "_start", "_where")
+
+    def __init__(self, fuse: Fuse, where: str, serving: bool, on_error: Callable[[Exception], None] | None) -> None:
+        self._fuse, self._where, self._serving, self._on_error = fuse, where, serving, on_error
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
+        spent = time.perf_counter() - self._start
+        if self._serving:
+            self._fuse.status.hook_seconds += spent
         else:
-            self.startup_seconds += seconds
-
-    @contextmanager
-    def timed(self, *, serving: bool = True) -> Iterator[None]:
-        """Count the host time of a hook, apart for serving and for starting up."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._spent(time.perf_counter() - start, serving)
-
-    @contextmanager
-    def guard(self, where: str, *, serving: bool = True) -> Iterator[None]:
-        """Run a hook, and count its time: what it raises blows the fuse instead of reaching the caller."""
-        start = time.perf_counter()  # not by `timed`: this runs several times in every step
-        try:
-            yield
-        except Exception as error:
-            self.blow(where, error)
-        finally:
-            self._spent(time.perf_counter() - start, serving)
+            self._fuse.startup_seconds += spent
+        if not isinstance(error, Exception):
+            return False
+        if self._on_error is None:
+            self._fuse.blow(self._where, error)
+        else:
+            self._on_error(error)
+        return True

@@ -323,8 +323,12 @@ class Capture:
         if self.fuse.blown or not isinstance(self.meter, CudaMeter):
             return
         with self.fuse.guard("record", serving=self.meter.valid > 0):
-            key = graph_key()
-            key = self.capturing if key is None else key
+            key = None
+            if self.meter.capturing:
+                key = graph_key()
+                key = self.capturing if key is None else key
+            elif layer == 0:
+                graph_key()  # for what it refuses
             self.meter.observe(layer, logits, ids, key, self._parallel.span(logits.shape[0]))
 
     def begin_step(self, scheduled: Any) -> None:

@@ -99,6 +99,8 @@ def test_files_hold_the_numbers(tmp_path) -> None:
     assert sum(int(row["tokens"]) for row in experts) == published("github")[0].sum()
     data = json.loads((tmp_path / "s.json").read_text(), parse_constant=pytest.fail)  # no NaN
     assert data["experts"] == published("github")[0].tolist()
+    buckets = data["router_entropy_buckets"]
+    assert {u: n for u, n in zip(buckets["upper"], buckets["tokens"][2], strict=True) if n} == {0.8: 208_896}
     with pytest.raises(ValueError, match="there are 'layers' and 'experts'"):
         summary.to_csv(tmp_path / "x.csv", table="other")
 
@@ -191,7 +193,11 @@ def test_report_is_whole_and_needs_nothing_else() -> None:
     counts = record.counts()
     assert f"layer 1, expert 3: {counts[1, 3]} tokens, {counts[1, 3] / counts[1].mean():.2f} x mean" in page.text
     assert "no difference beyond sampling noise" in page.text
-    assert "the same experts for every token" in page.text
+    assert "The same experts for every token" in page.text
+    assert "The model gave every token 3 experts" in page.text
+    # 600 tokens of entropy 0.75 in each layer
+    assert "layer 1, 0.7 to 0.8: 100.0% of 600 tokens" in page.text
+    assert "layer 1, 0.6 to 0.7: 0.0% of 600 tokens" in page.text
     assert "4 ms" in page.text
     assert "30 ms" in page.text  # 10 + 20 ms in MoE blocks
 

@@ -16,6 +16,7 @@ from moe_monitor.analysis.records import Record
 from moe_monitor.analysis.specialisation import co_activation
 from moe_monitor.analysis.summary import Summary
 from moe_monitor.analysis.tables import DASH, number, si
+from moe_monitor.layout import edges
 
 #: Tokens that an expert needs before its company is named.
 LEAST_TOKENS = 50
@@ -43,9 +44,12 @@ def _card(value: str, label: str) -> str:
     return f"<div class=card><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = ()) -> str:
+    """``words``: columns that hold words, to be set from the left."""
+    side = [" class=l" if i in words else "" for i in range(len(head))]
+    cells = "".join(f"<th{c}>{html.escape(h)}</th>" for c, h in zip(side, head, strict=True))
+    body = [[f"<td{c}>{html.escape(x)}</td>" for c, x in zip(side, row, strict=True)] for row in rows]
+    lines = "".join(f"<tr>{''.join(row)}</tr>" for row in body)
     return f"<div class=wide><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>"
 
 
@@ -137,6 +141,19 @@ def _by_layer(summary: Summary) -> str:
     return f"<h2>By layer</h2><div class=row>{figures}</div>"
 
 
+def _entropy(summary: Summary) -> str:
+    if not summary.entropy.any():
+        return ""
+    share = summary.entropy / np.maximum(summary.entropy.sum(axis=1, keepdims=True), 1)
+    return (
+        "<h2>Router entropy of single tokens</h2><p>Share of a layer's tokens by the entropy of their routing "
+        "probabilities over ln(experts): 0 is a router that is certain, 1 one that does not care.</p>"
+        + charts.legend(charts.SEQUENTIAL, ((0, "0 %"), (1, f"{share.max():.0%}")), "share of the layer's tokens")
+        + "<br>"
+        + charts.spread_map(summary.entropy, edges("entropy"), summary.layers, "entropy / ln(experts)")
+    )
+
+
 def _co_activation(record: Record, shown: Sequence[int] | None) -> str:
     if shown is None:
         places = sorted({0, len(record.layers) // 2, len(record.layers) - 1})
@@ -201,20 +218,26 @@ def _dynamic(record: Record, top_k: int) -> str:
     per_token = record.chosen().sum(axis=2).reshape(-1)
     seen = np.bincount(per_token)
     used = np.flatnonzero(seen)
-    figure = charts.bars(
-        seen[used].tolist(), [str(k) for k in used], x_title="experts of a token (k)", y_title="tokens, all layers"
-    )
+    if len(used) == 1:
+        figure, left = "", f"The model gave every token {used[0]} experts in every layer. The table says"
+    else:
+        figure = charts.bars(
+            seen[used].tolist(), [str(k) for k in used], x_title="experts of a token (k)", y_title="tokens, all layers"
+        )
+        left = "Left: what the model did. Right:"
     head = ["rule", "k, mean", "p50", "p95", "p99", "mass covered", "expert FLOPs vs now"]
     return (
-        "<h2>Experts per token</h2><p>Left: what the model did. Right: what other rules would have chosen from the "
-        "same probabilities; the model was not changed, and later layers would have seen other inputs.</p>"
-        f"<div class=row><div>{figure}</div><div>{_table(head, rows)}</div></div>"
+        f"<h2>Experts per token</h2><p>{left} what other rules would have chosen from the same probabilities; "
+        "the model was not changed, and later layers would have seen other inputs.</p>"
+        f"<div class=row><div>{figure}</div><div>{_table(head, rows, words=[0])}</div></div>"
     )
 
 
 def _comparison(name: str, found: Comparison | Agreement) -> str:
     kind = " different" if isinstance(found, Comparison) and found.verdict == DIFFERENT else ""
-    said = f"<h2>Comparison: {html.escape(name)}</h2><p class='verdict{kind}'>{html.escape(str(found))}</p>"
+    verdict = str(found)
+    verdict = html.escape(verdict[0].upper() + verdict[1:])
+    said = f"<h2>Comparison: {html.escape(name)}</h2><p class='verdict{kind}'>{verdict}</p>"
     if isinstance(found, Comparison):
         head = ["layer", "divergence, bits", "noise alone, bits", "p-value", "verdict", "experts that changed most"]
         rows = [
@@ -228,7 +251,7 @@ def _comparison(name: str, found: Comparison | Agreement) -> str:
             ]
             for x in found.layers
         ]
-        return said + _table(head, rows)
+        return said + _table(head, rows, words=[4, 5])
     chart = charts.lines(
         {"same experts": found.overlap.tolist(), "same likeliest": found.first.tolist()},
         [str(layer) for layer in found.layers],
@@ -289,7 +312,7 @@ def render(
     """
     record = summary.record if record is None else record
     parts = [_header(summary, title), *(_comparison(name, c) for name, c in (comparisons or {}).items())]
-    parts += [_load(summary), _by_layer(summary)]
+    parts += [_load(summary), _by_layer(summary), _entropy(summary)]
     if record is not None:
         parts += [_co_activation(record, co_activation_layers), _dynamic(record, int(summary.facts["top_k"]))]
     parts.append(_layers_table(summary))

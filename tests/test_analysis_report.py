@@ -202,6 +202,23 @@ def test_report_is_whole_and_needs_nothing_else() -> None:
     assert "30 ms" in page.text  # 10 + 20 ms in MoE blocks
 
 
+def test_pairs_are_named_beyond_their_loads() -> None:
+    from moe_monitor.analysis.report import render
+
+    draw = np.random.default_rng(4)
+    record = make_record(tokens=2000, experts=16, k=4, layers=1)
+    ids = np.argsort(-draw.random((1, 2000, 16)), axis=2)[..., :4].astype(np.int32)
+    busy = draw.random(2000) < 0.9  # expert 0 is in nearly everybody's company
+    ids[0, busy, 0] = 0
+    mates = draw.random(2000) < 0.1  # 5 and 11 come together
+    ids[0, mates, 2:] = (5, 11)
+    record = Record(record.layers, record.probabilities, ids, record.token_ids, record.sequence, record.passes)
+    facts = {**FACTS, "experts": 16, "top_k": 4}
+    text = render(summarise(engine(record.counts(), 2000, (0,), facts), record=record))
+    both = (record.chosen()[0][:, [5, 11]]).all(axis=1).sum() / record.counts()[0, 5]
+    assert f"Most beyond their loads: 5 with 11: {both:.0%} (loads alone " in text
+
+
 @pytest.mark.slow
 def test_report_renders_in_a_browser(tmp_path) -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

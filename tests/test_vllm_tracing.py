@@ -325,7 +325,7 @@ def test_spans_go_over_http_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_bad_collector_costs_spans_and_nothing_else(traced: Traced) -> None:
     """Refusing, gone and back again: serving and metrics go on, and every request's span arrives or is counted as lost.
 
-    Last in this file: it takes the receiver away for a while. The long version is test_tracing_soak.py.
+    Last in this file: it takes the receiver away for a while. The long version is test_vllm_tracing_long.py.
     """
     requests = 60
     report = soak.run(traced.server, traced.receiver, requests, moods=("refusing", "gone", "kind"), least_s=1.5)

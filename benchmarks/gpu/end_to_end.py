@@ -4,7 +4,8 @@ end_to_end.py [--arms off,on,all,vllm] [--concurrency 1,32,128] [--rounds 6] [--
 end_to_end.py --startup-pairs 4     seconds from the start to /health, off and on in turn, over one warm compile cache
 
 Arms: off (MOE_MONITOR_ENABLED=0), on (defaults: 10 % of requests traced), all (every request traced), vllm (no monitor,
-vLLM's own --enable-return-routed-experts), off2 (a second server like "off": how far two equal servers differ).
+vLLM's own --enable-return-routed-experts), off2 (a second server like "off": how far two equal servers differ), traced
+(the server of "on", with requests that ask to be traced).
 All servers of a run are up at once; a round measures every arm once at every concurrency, and the arm that begins
 rotates. The load comes from ``vllm bench serve``'s own code in this process, since importing it takes seconds.
 Prints a JSON line per measurement (RUN) and one per concurrency and arm (E2E) with medians, range and the ratios to
@@ -37,6 +38,8 @@ ARMS: dict[str, tuple[dict[str, str], list[str]]] = {
     "all": ({"MOE_MONITOR_SAMPLE_RATIO": "1"}, []),
     "vllm": ({"MOE_MONITOR_ENABLED": "0"}, ["--enable-return-routed-experts"]),
 }
+#: Arms that use another arm's server, and what their requests ask for.
+SHARED = {"traced": ("on", {"vllm_xargs": {"moe_trace": 1}})}
 METRICS = ("median_itl_ms", "median_tpot_ms", "median_ttft_ms", "output_throughput")
 PROMPTS = "1:16,32:256,128:640"
 
@@ -57,11 +60,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory", default="0.2", help="--gpu-memory-utilization: what must be free at the start")
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--port", type=int, default=8200)
+    parser.add_argument("--ready-file", type=Path, help="made when all servers are ready")
+    parser.add_argument("--go-file", type=Path, help="measuring begins when this is there")
     parser.add_argument("--server", action="append", default=[], help="one more argument for every server")
     args = parser.parse_args(arguments)
     args.arms = args.arms.split(",")
-    if unknown := set(args.arms) - set(ARMS):
-        parser.error(f"no such arms: {sorted(unknown)}; there are {', '.join(ARMS)}")
+    if unknown := set(args.arms) - set(ARMS) - set(SHARED):
+        parser.error(f"no such arms: {sorted(unknown)}; there are {', '.join([*ARMS, *SHARED])}")
+    if missing := {SHARED[arm][0] for arm in args.arms if arm in SHARED} - set(args.arms):
+        parser.error(f"these arms are needed too: {sorted(missing)}")
     args.prompts = {int(c): int(n) for c, n in (pair.split(":") for pair in args.prompts.split(","))}
     args.concurrency = [int(c) for c in args.concurrency.split(",")]
     if missing := set(args.concurrency) - set(args.prompts):
@@ -95,10 +102,12 @@ class Client:
         self._lengths = ["--random-input-len", str(args.input_len), "--random-output-len", str(args.output_len)]
         self._folder = folder
 
-    def run(self, port: int, concurrency: int, prompts: int, seed: int) -> dict[str, Any]:
+    def run(self, port: int, concurrency: int, prompts: int, seed: int, body: dict[str, Any]) -> dict[str, Any]:
         options = ["--model", "m", "--tokenizer", str(self._folder), "--port", str(port), "--dataset-name", "random"]
         options += ["--host", "127.0.0.1", *self._lengths, "--num-prompts", str(prompts), "--temperature", "0"]
         options += ["--max-concurrency", str(concurrency), "--seed", str(seed), "--disable-tqdm", "--ignore-eos"]
+        if body:
+            options += ["--extra-body", json.dumps(body)]
         options += ["--ready-check-timeout-sec", "0", "--save-detailed"]  # keeps the errors in the result
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             result = asyncio.run(self._main(self._parser.parse_args(options)))
@@ -157,16 +166,24 @@ def compare(args: argparse.Namespace, folder: Path, scratch: Path, began: float)
     servers: dict[str, Server] = {}
     left = lambda: args.deadline_s - (time.monotonic() - began)  # noqa: E731
     results = Results(args.arms)
+    own = [arm for arm in args.arms if arm not in SHARED]
     try:
-        for i, arm in enumerate(args.arms):
+        for i, arm in enumerate(own):
             servers[arm] = launch(args, arm, args.port + i, folder, scratch)
             if i == 0:  # the first fills the compile cache
                 client = Client(args, folder)  # imports while the server starts
                 servers[arm].wait_ready(min(300, left()))
                 say("READY", arm=arm, seconds=round(servers[arm].ready_s, 1), cache="as found")
-        for arm in args.arms[1:]:
+        for arm in own[1:]:
             servers[arm].wait_ready(min(300, left()))
-            say("READY", arm=arm, seconds=round(servers[arm].ready_s, 1), cache="warm", beside=len(args.arms) - 2)
+            say("READY", arm=arm, seconds=round(servers[arm].ready_s, 1), cache="warm", beside=len(own) - 2)
+        for arm in args.arms:
+            if arm in SHARED:
+                servers[arm] = servers[SHARED[arm][0]]
+        if args.ready_file:
+            args.ready_file.touch()
+        while args.go_file and not args.go_file.exists() and left() > 20:
+            time.sleep(0.2)
         longest = dict.fromkeys(args.concurrency, 0.0)
         for turn in range(args.rounds + 1):  # turn 0 warms up
             for concurrency in args.concurrency:
@@ -180,7 +197,8 @@ def compare(args: argparse.Namespace, folder: Path, scratch: Path, began: float)
                     prompts = args.prompts[concurrency]
                     if turn == 0:
                         prompts = max(concurrency, prompts // 4)
-                    values = client.run(servers[arm].port, concurrency, prompts, seed=turn)
+                    body = SHARED.get(arm, ("", {}))[1]
+                    values = client.run(servers[arm].port, concurrency, prompts, turn, body)
                     time.sleep(0.6)  # the counters are published twice a second
                     after = hooks(servers[arm])
                     steps = after[1] - before[1]
@@ -209,7 +227,7 @@ def compare(args: argparse.Namespace, folder: Path, scratch: Path, began: float)
                 seen = {name: total(samples, name) for name in names}
                 info = [labels.get("capture") for name, labels, _ in samples if name == "moe_monitor_info"]
                 say("STATE", arm=arm, capture=info, **{k: None if v != v else v for k, v in seen.items()})
-        stop_all(list(servers.values()))
+        stop_all(list(dict.fromkeys(servers.values())))
 
 
 def startup(args: argparse.Namespace, folder: Path, scratch: Path, began: float) -> None:

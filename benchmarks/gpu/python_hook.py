@@ -67,6 +67,7 @@ def measure(args: argparse.Namespace) -> None:
     folder = models.write(Path("/tmp/bench-models") / args.family, args.family)
     options: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": 256, "gpu_memory_utilization": args.memory}
     options["enable_prefix_caching"] = False
+    options["kv_cache_memory_bytes"] = 1_000_000_000
     if args.eager:
         options["enforce_eager"] = True
     llm = LLM(str(folder), load_format="dummy", **options)

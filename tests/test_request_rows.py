@@ -7,16 +7,16 @@ the real ones. The real V2 runner needs a GPU: benchmarks/gpu/requests_exact.py.
 
 from __future__ import annotations
 
-import logging
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moe_monitor import settings
+
 torch = pytest.importorskip("torch")
 
-from moe_monitor.capture.fuse import Fuse  # noqa: E402
 from moe_monitor.capture.meter import Meter  # noqa: E402
 from moe_monitor.capture.requests import Tracer  # noqa: E402
 from moe_monitor.capture.tallies import HostTallies  # noqa: E402
@@ -43,17 +43,29 @@ def scheduled(n: dict[str, int], new=(), preempted=(), finished=()) -> SimpleNam
     )
 
 
+class Attached(Capture):
+    """A capture that traces every request of a made-up model, without a board."""
+
+    meter: Meter
+
+    def _attach(self, model_runner: Any) -> dict[str, Any]:
+        self.meter = Meter(range(LAYERS), EXPERTS, "softmax")
+        self.meter.tallies = HostTallies(SLOTS, LAYERS, EXPERTS)
+        self.tracer = Tracer(self.meter.tallies, 1.0, self.fuse.status)
+        self.fuse.status.active = True
+        return {}
+
+    def _publish(self, *_: Any) -> None:
+        pass
+
+
 class Runner:
     """The parts of a model runner that the seams touch. ``account``: [layers, phases, experts] by request."""
 
+    vllm_config = None
+
     def __init__(self) -> None:
-        self.capture = capture = Capture.__new__(Capture)
-        capture.fuse = Fuse(logging.getLogger("test"))
-        capture.fuse.status.active = True
-        capture.meter = Meter(range(LAYERS), EXPERTS, "softmax")
-        capture.meter.tallies = HostTallies(SLOTS, LAYERS, EXPERTS)
-        capture.tracer = Tracer(capture.meter.tallies, 1.0, capture.fuse.status)
-        capture.replayed = None
+        self.capture = Attached(self, settings.load({}))
         self.account: dict[str, np.ndarray] = {}
         self.computed: dict[str, int] = {}
         self.prompts: dict[str, int] = {}

@@ -18,12 +18,15 @@ MATRIX = "moe_expert_tokens_total"
 #: Prometheus' own, about its scrapes and alerts.
 PROMETHEUS = {"up", "scrape_duration_seconds", "ALERTS"}
 
-#: vLLM's metrics that are used; tests with a live server check that it has them.
-VLLM = {"vllm:num_requests_running"}
+#: vLLM's metrics that are used, by kind; tests with a live server check that it has them.
+VLLM_GAUGES = {"vllm:num_requests_running"}
+VLLM_HISTOGRAMS = {"vllm:inter_token_latency_seconds", "vllm:time_to_first_token_seconds"}
+VLLM = VLLM_GAUGES | {name + end for name in VLLM_HISTOGRAMS for end in ("_bucket", "_count", "_sum")}
 
 _WORDS = {
     *("by", "without", "on", "ignoring", "group_left", "group_right", "and", "or", "unless", "offset", "bool"),
     *("sum", "avg", "min", "max", "count", "quantile", "topk", "bottomk", "count_over_time", "rate", "increase"),
+    *("quantile_over_time", "count_values", "log2", "round", "clamp_min"),
     *("histogram_quantile", "label_replace", "scalar", "vector", "time"),
 }
 

@@ -151,6 +151,20 @@ def limit_line(panel: Any, name: str, color: str) -> Any:
     )
 
 
+def right_axis(panel: Any, name: str, unit: str, color: str, low: float) -> Any:
+    """Draw the series of that name by an axis of its own on the right."""
+    return panel.override_by_name(
+        name,
+        [
+            models.DynamicConfigValue("color", {"mode": "fixed", "fixedColor": color}),
+            models.DynamicConfigValue("custom.axisPlacement", "right"),
+            models.DynamicConfigValue("custom.fillOpacity", 0),
+            models.DynamicConfigValue("unit", unit),
+            models.DynamicConfigValue("min", low),
+        ],
+    )
+
+
 def rows_over_time(
     spec: Spec, label: str, *, scheme: str = LOAD_SCHEME, reverse: bool = True, buckets: bool = False
 ) -> Any:

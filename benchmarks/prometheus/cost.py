@@ -56,7 +56,8 @@ class Target(ThreadingHTTPServer):
 
     def step(self):
         self.fleet.step(self.now, INTERVAL)
-        self.requests.step(1.0)
+        self.requests.step(1.0, *self.fleet.timed.seconds.values())
+        self.fleet.status.sampled = self.requests.sampled
         text = self.exposition.render(self.fleet.metrics()).decode()
         traced = [f"{n}{label_text(labels)} {v:.9g}" for n, labels, v in self.requests.samples(self.identity)]
         self.body = (text + "\n".join(traced) + "\n").encode()
@@ -98,6 +99,7 @@ def measure(url, pid, minutes, targets):
     groups = {labels.rsplit(";", 1)[1].rstrip('"}'): round(v * 1000, 1) for labels, v in durations.items()}
     end = int(time.time())
     fill = {"job": "moe-monitor", "model": ".*", "instance": ".*", "engine": ".*", "layer": "7", "server": targets[0]}
+    fill["kind"] = "decode"
     costs = []
     for uid, panel in queries.panels():
         for target in panel.get("targets", []):

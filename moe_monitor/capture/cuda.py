@@ -354,6 +354,11 @@ class CudaMeter:
         self._pending.clear()
         self._pending_bytes = 0
 
+    @property
+    def rows_now(self) -> Tensor | None:
+        """The rows on the device, which the kernels of every pass add to; None before the first router was seen."""
+        return None if self._launcher is None else self._rows
+
     # what the publisher asks for, from its own thread
 
     def read_rows(self) -> NDArray[np.int64]:

@@ -49,13 +49,25 @@ class Fuse:
             self.status.reason = reason
         self._logger.info("moe-monitor is inactive: %s", reason)
 
+    def count_error(self, where: str) -> None:
+        """Count a failure that leaves the monitor on."""
+        with self._lock:
+            self.status.errors[where] = self.status.errors.get(where, 0) + 1
+
+    @contextmanager
+    def timed(self, *, serving: bool = True) -> Iterator[None]:
+        """Count the host time of a hook where it is taken from serving, and not at start-up."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if serving:
+                self.status.hook_seconds += time.perf_counter() - start
+
     @contextmanager
     def guard(self, where: str, *, serving: bool = True) -> Iterator[None]:
-        """Run a hook: what it raises blows the fuse instead of reaching the caller.
-
-        Its host time is counted where it is taken from serving, and not at start-up.
-        """
-        start = time.perf_counter()
+        """Run a hook, and count its time: what it raises blows the fuse instead of reaching the caller."""
+        start = time.perf_counter()  # not by `timed`: this runs several times in every step
         try:
             yield
         except Exception as error:

@@ -91,6 +91,11 @@ class Twin:
             self.close()
             raise
 
+    @property
+    def nodes(self) -> int:
+        """Nodes of the twin, before :meth:`instantiate`."""
+        return len(self._driver.nodes(self._clone))
+
     def _insert(self, mark: Mark) -> None:
         driver, clone = self._driver, self._clone
         if not mark.after:  # at the very beginning

@@ -50,7 +50,7 @@ def _attach(runner: Any, patch_steps: Callable[[Any, Capture], None]) -> None:
     capture = Capture(runner, configured)
     setattr(runner, SENTINEL, capture)
     atexit.register(capture.close)
-    if capture.fuse.blown or capture.meter is None:
+    if capture.fuse.blown or (capture.meter is None and capture.timing is None):
         return
     patch_steps(runner, capture)
     patch_dummies(runner, capture)
@@ -68,7 +68,8 @@ def patch_dummies(runner: Any, capture: Capture) -> None:
     @functools.wraps(capture_model)
     def capture_graphs(*args: Any, **kwargs: Any) -> Any:
         capture.before_capture(runner.compilation_config)
-        return capture_model(*args, **kwargs)
+        with capture.capturing_graphs():
+            return capture_model(*args, **kwargs)
 
     runner._dummy_run = dummy
     runner.capture_model = capture_graphs

@@ -2,6 +2,7 @@
 
 MOE_TEST_SCHEDULE=FILE  vLLM's scheduler writes there what it schedules, a JSON line a step: what was computed.
 MOE_TEST_FAULT=WHERE:FILE  the named function of moe-monitor raises for as long as FILE exists.
+MOE_TEST_ROUTER_BIAS=FILE  every OLMoE router is sure of expert 3 for as long as FILE exists.
 """
 
 import json
@@ -51,6 +52,27 @@ def _raise_in(where, path):
     wrapt.register_post_import_hook(patch, module)
 
 
+def _bias_routers(path):
+    def patch(imported):
+        def biased(gate, inputs, output):
+            if not os.path.exists(path):
+                return output
+            logits, *rest = output
+            logits = logits.clone()
+            logits[..., 3] += 1000.0
+            return (logits, *rest)
+
+        def wrapper(wrapped, instance, args, kwargs):
+            wrapped(*args, **kwargs)
+            instance.gate.register_forward_hook(biased)
+
+        wrapt.wrap_function_wrapper(imported, "OlmoeMoE.__init__", wrapper)
+
+    wrapt.register_post_import_hook(patch, "vllm.model_executor.models.olmoe")
+
+
+if os.environ.get("MOE_TEST_ROUTER_BIAS"):
+    _bias_routers(os.environ["MOE_TEST_ROUTER_BIAS"])
 if os.environ.get("MOE_TEST_SCHEDULE"):
     _record_schedule(os.environ["MOE_TEST_SCHEDULE"])
 for _fault in filter(None, os.environ.get("MOE_TEST_FAULT", "").split(",")):

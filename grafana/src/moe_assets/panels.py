@@ -68,10 +68,9 @@ def padded(expr: str, label: str, digits: int = 2) -> str:
 
     Prometheus returns series in the order of their labels' text; only so do rows 2 and 10 come out in order.
     """
-    made = f'label_replace({expr}, "row", "$1", "{label}", "(.+)")'
-    for have in range(1, digits):
-        zeros, dots = "0" * (digits - have), "." * have
-        made = f'label_replace({made}, "row", "{zeros}$1", "{label}", "({dots})")'
+    zeros = "0" * (digits - 1)
+    made = f'label_replace({expr}, "row", "{zeros}$1", "{label}", "(.+)")'
+    made = f'label_replace({made}, "row", "$1", "row", "0*(.{{{digits},}})")'
     return f"max by (row) ({made})"
 
 

@@ -48,7 +48,7 @@ def _step(q: float, kind: str) -> str:
 
 
 def _mean_step(kind: str) -> str:
-    return f'max(model_kind:moe_step_duration_seconds:mean5m{{{MODEL},kind="{kind}"}})'
+    return f'max(model_kind:moe_step_duration_seconds:mean5m{{{MODEL},kind=~"{kind}"}})'
 
 
 def _mean(name: str) -> str:
@@ -192,9 +192,10 @@ def _since() -> Row:
     first = lines(
         Spec(
             "Steps with prompts, and time to first token",
-            "Latency far above the step: requests queue, or their prompts take several steps.",
+            "Steps of prompts alone, or of prompts and decoding, whichever is slower. Latency far above the step: "
+            "requests queue, or their prompts take several steps.",
             [
-                Query(_mean_step("mixed"), "mixed step, mean"),
+                Query(_mean_step("prefill|mixed"), "step with prompts, mean"),
                 Query(_step(0.95, "prefill|mixed"), "step with prompts, 95th percentile"),
                 Query(_mean(TTFT), "vLLM time to first token, mean"),
                 Query(_vllm(0.95, TTFT), "vLLM time to first token, 95th percentile"),

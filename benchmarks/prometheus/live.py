@@ -1,4 +1,4 @@
-"""Previews from a real server: a tiny OLMoE under vLLM on the CPU, a real Prometheus with the shipped rules as they are.
+"""Previews from a real server: a tiny OLMoE under vLLM on the CPU, a real Prometheus with the rules as shipped.
 
     python benchmarks/prometheus/live.py --out DIR [--minutes 12] [--dashboard UID ...]
 

@@ -1,7 +1,7 @@
 """The whole chain in real parts: a vLLM server under load, Prometheus with the shipped rules, Alertmanager, a receiver.
 
-The fault is planted in the server: every router becomes sure of one expert. Only times are shortened: a second for
-every minute of the rules.
+Faults are planted in the server: one layer's experts become slow, then every router becomes sure of one expert. Only
+times are shortened: a second for every minute of the rules.
 """
 
 from __future__ import annotations
@@ -83,9 +83,10 @@ def receiver() -> Iterator[stack.Receiver]:
 def test_a_broken_router_in_a_real_server_reaches_the_receiver(
     tiny_model: Path, tmp_path: Path, processes: stack.Processes, receiver: stack.Receiver
 ) -> None:
-    normal, fault = tmp_path / "normal.json", tmp_path / "fault"
+    normal, slow_layer, fault = (tmp_path / name for name in ("normal.json", "slow", "fault"))
     settings = {"MOE_MONITOR_BASELINE": str(normal), "MOE_MONITOR_SAMPLE_RATIO": "1"}
     settings |= {"MOE_MONITOR_LATENCY_EVERY": "10", "MOE_TEST_ROUTER_BIAS": str(fault)}
+    settings |= {"MOE_TEST_SLOW": f"2:30:{slow_layer}"}
     arguments = ["--enforce-eager", "--max-model-len", "512", "--no-enable-prefix-caching"]
     with serving(tiny_model, tmp_path / "server", *arguments, **settings) as server, Load(server) as load:
         record = ["baseline", "record", str(normal), "--dir", str(server.run_dir), "--window", "1.5", "--duration", "9"]
@@ -103,6 +104,13 @@ def test_a_broken_router_in_a_real_server_reaches_the_receiver(
             assert time.monotonic() < end
             time.sleep(1)
         assert prometheus.firing() == set()
+
+        slow_layer.touch()
+        eventually(lambda: "MoeLayerLatencyRegressed" in receiver.by_name(), 90)
+        slow_layer.unlink()
+        slowed = receiver.by_name()["MoeLayerLatencyRegressed"]["annotations"]
+        assert re.search(r"Worst: layer 2 in (decode|prefill): [\d.]+ms;", slowed["description"]), slowed
+        assert {"MoeRouterCollapse", "MoeLoadImbalance"} & set(receiver.by_name()) == set()
 
         planted = time.monotonic()
         fault.touch()

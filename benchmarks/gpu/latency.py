@@ -1,12 +1,14 @@
 """Durations on a real GPU: against the profiler, with a planted slowdown, and what timing costs.
 
-latency.py [--deadline-s 300] [--sizes 1,32,256] [--prefill 8192]
-One process, OLMoE-1B-7B shape, V1 or V2 (VLLM_USE_V2_MODEL_RUNNER=1). Prints JSON lines:
+latency.py [--profile] [--layers 16] [--deadline-s 300] [--sizes 1,32,256] [--prefill 8192] [--ready-file F --go-file F]
+One process, OLMoE-1B-7B shape, V1 or V2 (VLLM_USE_V2_MODEL_RUNNER=1). STAGES only with --profile, since CUPTI must be
+there before graphs are made; REPLAY, PREFILL and COST only without, since CUPTI costs time. Prints JSON lines:
 
 TOKENS    greedy tokens with one pass in three timed against none timed
 MEMORY    twins: nodes, device memory, seconds to lay aside and to make ready
 STAGES    per batch size: median durations by stage, layer by layer and in sum, against CUPTI's (torch.profiler) times
           of the same kernels: "kernels" is their sum, "span" also has the gaps between them
+REPLAY    decode steps with no, some and all rows traced, timing at its default; PREFILL likewise (see timing.py)
 PLANTED   a busy kernel in one layer: the change of every layer's experts stage
 COST      GPU time of a decode step with one pass in 200 timed (and counted) over the plain replay
 """
@@ -24,7 +26,6 @@ from pathlib import Path
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("MOE_MONITOR_DIR", "/tmp/moe-monitor-bench")
 os.environ.setdefault("MOE_MONITOR_LATENCY_EVERY", "10")
-os.environ |= {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
 sys.path.insert(0, str(Path(__file__).parent))
 
 import exact
@@ -60,6 +61,14 @@ class Plant:
             return original(*args, **kwargs)
 
         runner.routed_experts.forward_modular = forward_modular
+
+
+def early_cupti() -> None:
+    """CUPTI sees the kernels of those graphs only that were made after it was there."""
+    os.environ |= {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]):
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
 
 
 def say(kind: str, line: dict) -> None:
@@ -256,27 +265,31 @@ def main() -> None:
     parser.add_argument("--sizes", default="1,32,256")
     parser.add_argument("--prefill", type=int, default=8192)
     parser.add_argument("--deadline-s", type=float, default=300)
-    parser.add_argument("--no-cost", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--ready-file", type=Path, help="made when the model is loaded and its tokens are compared")
+    parser.add_argument("--go-file", type=Path, help="measuring begins when this is there")
+    parser.add_argument("--memory", type=float, default=0.45)
     args = parser.parse_args()
     start = time.time()
     left = lambda: args.deadline_s - (time.time() - start)  # noqa: E731
-    # CUPTI sees the kernels of those graphs only that were made after it was there
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]):
-        torch.zeros(1, device="cuda").add_(1)
-        torch.cuda.synchronize()
+    if args.profile:
+        early_cupti()
     from vllm import LLM, SamplingParams
 
     from moe_monitor.capture import device_clock
+    from moe_monitor.capture.clock import Sampler
     from moe_monitor.capture.vllm import layers as vllm_layers
     from moe_monitor.capture.vllm import runners
 
     device_clock._MOST_NODES = 50_000  # all of them, here
+    planted = min(PLANTED_LAYER, args.layers - 1)
     attached, plants = [], []
     patch_dummies = runners.patch_dummies
 
     def attach(runner, capture):
         attached.append(runner)
-        plants.append(Plant(vllm_layers.moe_layers(runner.model)[PLANTED_LAYER][1]))
+        plants.append(Plant(vllm_layers.moe_layers(runner.model)[planted][1]))
         patch_dummies(runner, capture)
 
     runners.patch_dummies = attach
@@ -291,14 +304,17 @@ def main() -> None:
         return first
 
     device_clock.DeviceClock._first_of_gate = noted
-    folder = models.write(Path("/tmp/bench-models/olmoe"), "olmoe")
+    family = f"olmoe{args.layers}"
+    models.FAMILIES[family] = models.OLMOE | {"num_hidden_layers": args.layers}
+    folder = models.write(Path("/tmp/bench-models") / family, family)
     llm = LLM(
         str(folder),
         load_format="dummy",
         max_num_batched_tokens=8192,
         max_model_len=4096,
         max_num_seqs=256,
-        gpu_memory_utilization=0.45,
+        gpu_memory_utilization=args.memory,
+        kv_cache_memory_bytes=2_500_000_000,  # nothing is profiled, so others may come and go on this GPU
         enable_prefix_caching=False,
         cudagraph_capture_sizes=[1, 2, 4, 8, 16, 32, 64, 128, 256],
     )
@@ -316,6 +332,7 @@ def main() -> None:
         "MEMORY",
         {
             "ready_s": round(ready, 1),
+            "hooks_at_start_s": round(capture.fuse.startup_seconds, 3),
             "groups": len(groups),
             "pieces": sum(len(g.twins) for g in groups.values()),
             "nodes": sum(g.nodes for g in groups.values()),
@@ -344,8 +361,6 @@ def main() -> None:
     launched[0] = 0
     timed = tokens()
     time.sleep(1)
-    capture.publisher.close()  # from here on samples are collected below
-    settle(timing)
     a = timing.table.arrays
     say(
         "TOKENS",
@@ -365,6 +380,22 @@ def main() -> None:
         },
     )
 
+    if args.ready_file:
+        args.ready_file.touch()
+    while args.go_file and not args.go_file.exists() and left() > 60:
+        time.sleep(0.1)
+    import timing as replays
+
+    if not args.profile:  # at the default sampling, with the publisher as it is
+        clock._sampler = Sampler(200)
+        lines = []
+        for line in replays.replays(runner, capture, rounds=5):
+            lines.append(line)
+            say("REPLAY", line)
+        say("REPLAY_MEANS", replays.geometric_means(lines))
+    capture.publisher.close()  # from here on samples are collected below
+    settle(timing)
+
     waiting = [g for g in clock._groups.values() if g.whole and not g.ready]
     free, began = torch.cuda.mem_get_info()[0], time.time()
     clock._wanted.extend(waiting)
@@ -381,11 +412,9 @@ def main() -> None:
     )
 
     # 2. against the profiler
-    import timing as replays
-
     graphs = {size: (key, replay) for size, key, replay in replays._graphs(runner)}
     for size in map(int, args.sizes.split(",")):
-        if size in graphs and left() > 30:
+        if args.profile and size in graphs and left() > 10:
             key, replay = graphs[size]
             try:
                 say("STAGES", against_profiler(capture, runner, replay, key, size))
@@ -407,18 +436,21 @@ def main() -> None:
         if before is None:
             before = stages
     plant.count.fill_(0)
-    say("PLANTED", {"layer": PLANTED_LAYER, "change_us": [round(float(x), 1) for x in (stages - before)[:, 1]]})
+    say("PLANTED", {"layer": planted, "change_us": [round(float(x), 1) for x in (stages - before)[:, 1]]})
     routers = {"before": before[:, 0], "after": stages[:, 0]}
     say("PLANTED", {f"router_us_{k}": [round(float(x), 1) for x in v] for k, v in routers.items()})
 
-    # 4. what it costs
-    if not args.no_cost:
-        for size in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-            if left() < 30:
-                break
-            key, replay = graphs[size]
-            say("COST", cost(capture, key, replay, size))
-    if args.prefill and left() > 12:
+    # 4. what it costs; long prompts last, because graphs that are replayed by hand keep the lengths of the pass before
+    for size in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        if args.profile or left() < 20:
+            break
+        key, replay = graphs[size]
+        say("COST", cost(capture, key, replay, size))
+    if not args.profile:
+        clock._sampler = Sampler(200)
+        for line in replays.prefill(llm, runner, capture, vocabulary, rounds=8):
+            say("PREFILL", line)
+    elif args.prefill:
         try:
             say("STAGES", prefill_against_profiler(llm, capture, runner, vocabulary, args.prefill))
         except Exception as error:
@@ -428,7 +460,7 @@ def main() -> None:
     os._exit(0)
 
 
-def cost(capture, key, replay, size: int, rounds: int = 5, repeat: int = 200) -> dict:
+def cost(capture, key, replay, size: int, rounds: int = 3, repeat: int = 200) -> dict:
     """Replays with all hooks and one timed pass, against plain ones; and a twin against a plain one."""
     clock, timing = capture.timing.clock, capture.timing
     at = [0]

@@ -27,8 +27,8 @@ from moe_monitor.capture.driver import Driver
 from moe_monitor.capture.stamps import Mark, Marks, Stamper, Twin
 from moe_monitor.latency import LatencyTable, SampledStep
 
-#: Slots before those of the layers: begin and end of a pass on the stream; two stamps in a row at a graph's begin, its
-#: end.
+#: Slots before those of the layers: begin and end of a pass on the stream; two stamps in a row where a graph begins,
+#: which tell what a stamp takes, and its end.
 _BEGIN, _END, _GRAPH_FIRST, _GRAPH_BEGIN, _GRAPH_END = range(5)
 _LAYERS = 5
 #: Sampled passes on their way to the host.
@@ -107,6 +107,15 @@ class DeviceClock:
     def _stream(self) -> int:
         return int(torch.cuda.current_stream(self._device).cuda_stream)
 
+    def _record(self) -> Any:
+        """An event behind all that was queued so far."""
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def _make_current(self) -> None:
+        """Make the device's context current on this thread, which the driver's functions need."""
+        with torch.cuda.device(self._device):
+            torch.cuda.mem_get_info(self._device)
+
     def _slot(self, layer: int, point: int) -> int:
         return _LAYERS + layer * POINTS + point
 
@@ -138,11 +147,11 @@ class DeviceClock:
         if not self.sampling:
             return
         self.sampling = False
-        now, stream = self._now, torch.cuda.current_stream(self._device)
+        now = self._now
         self._host[now.at].copy_(self._slots, non_blocking=True)
         if rows is not None and now.counted:
             self._rows[now.at, 1].copy_(rows, non_blocking=True)
-        now.arrived = stream.record_event()
+        now.arrived = self._record()
         with self._lock:
             self._flights.append(now)
             group = self._groups.get(key) if key is not None else None
@@ -233,9 +242,9 @@ class DeviceClock:
         if marks is None or not marks.marks:
             return
         twin = Twin(self._stamper, marks.graph, marks.marks)
+        twin.stamp_begin(_GRAPH_BEGIN)
+        twin.stamp_begin(_GRAPH_FIRST)  # before the one above
         if whole:
-            twin.stamp_begin(_GRAPH_BEGIN)
-            twin.stamp_begin(_GRAPH_FIRST)
             twin.stamp_end(_GRAPH_END)
         group = self._groups.setdefault(key, _Group(whole))
         group.twins.append(twin)
@@ -285,18 +294,15 @@ class DeviceClock:
                 group.refused = True
                 continue
             self._nodes += group.nodes
-            with torch.cuda.device(self._device):
-                torch.cuda.mem_get_info(
-                    self._device
-                )  # makes the context current on this thread, which the driver needs
-                for twin in group.twins:
-                    twin.instantiate()
+            self._make_current()
+            for twin in group.twins:
+                twin.instantiate()
             group.ready = True
 
     def _step(self, flight: _Flight) -> SampledStep:
         stamps = self._host_numpy[flight.at]
         begin, end = (_GRAPH_BEGIN, _GRAPH_END) if flight.in_graph else (_BEGIN, _END)
-        if flight.in_graph:
+        if stamps[_GRAPH_BEGIN]:  # otherwise what it was the last time
             self._overhead = int(stamps[_GRAPH_BEGIN] - stamps[_GRAPH_FIRST])
         points = stamps[_LAYERS:].reshape(self._layers, POINTS)
         inserted = int((points > 0).sum()) + 1

@@ -24,6 +24,8 @@ class Fuse:
         self._logger = logger
         self._lock = threading.Lock()
         self.on_blow = on_blow
+        #: Host time of hooks that were called while the model was being started. Seconds.
+        self.startup_seconds = 0.0
 
     def blow(self, where: str, error: BaseException | str) -> None:
         """Switch the monitor off because of ``error`` in ``where``."""
@@ -54,15 +56,20 @@ class Fuse:
         with self._lock:
             self.status.errors[where] = self.status.errors.get(where, 0) + 1
 
+    def _spent(self, seconds: float, serving: bool) -> None:
+        if serving:
+            self.status.hook_seconds += seconds
+        else:
+            self.startup_seconds += seconds
+
     @contextmanager
     def timed(self, *, serving: bool = True) -> Iterator[None]:
-        """Count the host time of a hook where it is taken from serving, and not at start-up."""
+        """Count the host time of a hook, apart for serving and for starting up."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            if serving:
-                self.status.hook_seconds += time.perf_counter() - start
+            self._spent(time.perf_counter() - start, serving)
 
     @contextmanager
     def guard(self, where: str, *, serving: bool = True) -> Iterator[None]:
@@ -73,5 +80,4 @@ class Fuse:
         except Exception as error:
             self.blow(where, error)
         finally:
-            if serving:
-                self.status.hook_seconds += time.perf_counter() - start
+            self._spent(time.perf_counter() - start, serving)

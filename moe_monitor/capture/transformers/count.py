@@ -88,6 +88,14 @@ def accumulate_masked(logits: Tensor, ids: Tensor, real: Tensor, scoring: str, l
     return torch.cat([columns[n][:, None] if n in SCALARS else columns[n] for n in layout.offsets], dim=1)
 
 
+def load_of(ids: list[Tensor], experts: int) -> Tensor:
+    """All that a pass computed, padding included: ``ids`` [tokens, k] of each layer -> int64 [layers, experts]."""
+    stack = torch.stack(ids)
+    chosen = (stack >= 0) & (stack < experts)
+    counts = torch.zeros((len(ids), experts), dtype=torch.int64, device=stack.device)
+    return counts.scatter_add_(1, torch.where(chosen, stack, 0).long().flatten(1), chosen.long().flatten(1))
+
+
 def rows_of_pass(
     logits: list[Tensor], ids: list[Tensor], real: Tensor | None, scoring: str, layout: RowLayout
 ) -> Tensor | None:

@@ -412,6 +412,7 @@ class Capture:
             kinds = 2 if mode.separate_routine() else 1  # decode graphs beside mixed ones
             self.meter.before_capture(kinds * sum(config.cudagraph_capture_sizes or ()))
             self.fuse.status.capture = self.meter.capture
+            self.fuse.status.reason = self.meter.fallback
             if self.meter.fallback:
                 logger.info(
                     "moe-monitor counts inside the CUDA graphs and traces no requests, because %s", self.meter.fallback

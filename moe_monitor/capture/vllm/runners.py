@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,9 @@ def _attach(runner: Any, patch_steps: Callable[[Any, Capture], None]) -> None:
         return
     from moe_monitor.capture.vllm.attach import Capture
 
+    start = time.perf_counter()
     capture = Capture(runner, configured)
+    capture.fuse.startup_seconds += time.perf_counter() - start
     setattr(runner, SENTINEL, capture)
     atexit.register(capture.close)
     if capture.fuse.blown or (capture.meter is None and capture.timing is None):

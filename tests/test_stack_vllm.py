@@ -39,11 +39,11 @@ WITHOUT_DATA = {
 
 
 class Load:
-    """Three clients that send prompts of all lengths until stopped, or for four minutes."""
+    """Three clients that send prompts of all lengths until stopped, or for seven minutes."""
 
     def __init__(self, server: Server) -> None:
         self.server, self.stopped, self.sent = server, threading.Event(), 0
-        self.until, self.pause = time.monotonic() + 240, 0.0
+        self.until, self.pause = time.monotonic() + 420, 0.0
         self.threads = [threading.Thread(target=self._run, args=(i,)) for i in range(3)]
 
     def _run(self, client: int) -> None:

@@ -3,6 +3,7 @@
 MOE_TEST_SCHEDULE=FILE  vLLM's scheduler writes there what it schedules, a JSON line a step: what was computed.
 MOE_TEST_SLOW=LAYER:MILLISECONDS:FILE  the experts of one layer take so much longer for as long as FILE exists.
 MOE_TEST_FAULT=WHERE:FILE  the named function of moe-monitor raises for as long as FILE exists.
+MOE_TEST_ROUTER_BIAS=FILE  every OLMoE router is sure of expert 3 for as long as FILE exists.
 """
 
 import json
@@ -54,6 +55,25 @@ def _raise_in(where, path):
     wrapt.register_post_import_hook(patch, module)
 
 
+def _bias_routers(path):
+    def patch(imported):
+        def biased(gate, inputs, output):
+            if not os.path.exists(path):
+                return output
+            logits, *rest = output
+            logits = logits.clone()
+            logits[..., 3] += 1000.0
+            return (logits, *rest)
+
+        def wrapper(wrapped, instance, args, kwargs):
+            wrapped(*args, **kwargs)
+            instance.gate.register_forward_hook(biased)
+
+        wrapt.wrap_function_wrapper(imported, "OlmoeMoE.__init__", wrapper)
+
+    wrapt.register_post_import_hook(patch, "vllm.model_executor.models.olmoe")
+
+
 def _slow_down(layer, milliseconds, path):
     def patch(module):
         def wrapper(wrapped, instance, args, kwargs):
@@ -68,6 +88,8 @@ def _slow_down(layer, milliseconds, path):
     wrapt.register_post_import_hook(patch, "vllm.model_executor.layers.fused_moe.routed_experts")
 
 
+if os.environ.get("MOE_TEST_ROUTER_BIAS"):
+    _bias_routers(os.environ["MOE_TEST_ROUTER_BIAS"])
 if os.environ.get("MOE_TEST_SLOW"):
     _slow_down(*os.environ["MOE_TEST_SLOW"].split(":", 2))
 if os.environ.get("MOE_TEST_SCHEDULE"):

@@ -211,6 +211,22 @@ def test_a_status_comes_back(reason, errors, seconds):
     assert (got.errors, got.hook_seconds, got.active) == (errors, seconds, True)
 
 
+@quick
+@given(
+    st.text(st.characters(exclude_categories=()), max_size=300),
+    st.dictionaries(st.text(st.characters(exclude_categories=()), max_size=30), st.integers(0, 2**50), max_size=300),
+)
+@example("op", {"x" * 10_000: 3})
+@example("\U0001f999" * 9000, {chr(i) * 20: 2**50 for i in range(300)})
+@example("op", {"\U0001f999" * 5000 + str(i): 1 for i in range(50)})
+def test_a_status_with_absurd_names_is_cut_and_still_adds_up(capture, counts):
+    """A status that is cut in the middle of its JSON makes the whole board unreadable."""
+    sent = Status(active=True, reason="because", capture=capture, errors=counts, dropped=counts)
+    got = Status.from_array(sent.to_array())
+    assert sum(got.errors.values()) == sum(got.dropped.values()) == sum(counts.values())
+    assert capture.startswith(got.capture)
+
+
 # traced requests
 
 

@@ -6,6 +6,7 @@ and from then on every hook returns on its first line. Serving goes on without t
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 import time
@@ -13,6 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from moe_monitor.snapshot import Status
+
+#: A hook takes microseconds on GPUs and a millisecond or two on CPUs. One that runs for so long, in seconds, hangs.
+HOOK_SECONDS = 10.0
+
+
+class HookHung(Exception):
+    """Raised inside a hook that does not come back."""
 
 
 class Fuse:
@@ -24,6 +32,9 @@ class Fuse:
         self._logger = logger
         self._lock = threading.Lock()
         self.on_blow = on_blow
+        #: (thread, since) of the hook that runs now, if any; one thread runs them all.
+        self._inside: tuple[int, float] | None = None
+        self._interrupted = False
 
     def blow(self, where: str, error: BaseException | str) -> None:
         """Switch the monitor off because of ``error`` in ``where``."""
@@ -56,10 +67,43 @@ class Fuse:
         Its host time is counted where it is taken from serving, and not at start-up.
         """
         start = time.perf_counter()
+        if serving:
+            self._inside = (threading.get_ident(), start)
         try:
             yield
         except Exception as error:
             self.blow(where, error)
         finally:
             if serving:
+                self._leave(where)
                 self.status.hook_seconds += time.perf_counter() - start
+
+    def interrupt_hung(self) -> None:
+        """Raise HookHung in a hook on the serving path that runs for longer than HOOK_SECONDS; call now and then.
+
+        That ends what hangs in Python: an endless loop, or a wait that polls. What hangs inside a C function cannot
+        be interrupted from within its process; it gets the exception once the function returns.
+        """
+        inside = self._inside
+        if inside is None or self._interrupted or time.perf_counter() - inside[1] < HOOK_SECONDS:
+            return
+        with self._lock:
+            if self._inside is inside:  # not the next hook, and not vLLM's own code after it
+                self._interrupted = True
+                _raise_in(inside[0], HookHung)
+
+    def _leave(self, where: str) -> None:
+        """The hook has ended: what was raised in its thread but did not arrive must not hit vLLM's code."""
+        try:
+            with self._lock:
+                if self._interrupted:
+                    _raise_in(threading.get_ident(), None)
+                self._inside, self._interrupted = None, False
+        except HookHung as error:  # it arrived here
+            self._inside, self._interrupted = None, False
+            self.blow(where, error)
+
+
+def _raise_in(thread: int, error: type[Exception] | None) -> None:
+    value = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), value)

@@ -99,6 +99,7 @@ class Publisher:
             wait = due - time.monotonic()
             woken = self._wake.wait(max(0.0, wait if self._requests is None else min(wait, HAND_OVER)))
             self._wake.clear()
+            self._fuse.interrupt_hung()
             try:
                 finished = self._requests is not None and self._requests.pending
                 if woken or finished or time.monotonic() >= due:

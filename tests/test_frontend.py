@@ -105,7 +105,7 @@ def test_our_failure_costs_vllms_metrics_nothing(
     assert (status, body) == (200, OWN)
     assert b"content-encoding" not in headers
     assert int(headers[b"content-length"]) == len(OWN)
-    assert "missing from an answer of /metrics" in caplog.text
+    assert "missing from answers of /metrics" in caplog.text
 
 
 def test_while_one_scrape_hangs_others_do_not_wait_and_then_all_is_well_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 Runs where vLLM does not have to be installed, and goes on answering while a vLLM server hangs. One per node, as with
 dcgm-exporter. ``/metrics`` in Prometheus text or OpenMetrics, ``/requests`` with the last traced requests as JSON
-(``?limit=N``), ``/-/healthy``, and a small page at ``/``.
+(``?limit=N``), ``/-/healthy``, and a small page at ``/``. Everybody who reaches the port may read all of it, unless a
+web configuration asks for TLS and passwords (:mod:`moe_monitor.export.webconfig`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from moe_monitor import __version__
 from moe_monitor.export.collector import MoeCollector
 from moe_monitor.export.exposition import OPENMETRICS, TEXT
 from moe_monitor.export.requests import FleetLoad, as_json, recent
+from moe_monitor.export.webconfig import WebConfig
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,10 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self) -> None:
+        web = self.server.web
+        if web is not None and not web.allows(self.headers.get("Authorization", "")):
+            self._reply(b"Unauthorized\n", "text/plain; charset=utf-8", HTTPStatus.UNAUTHORIZED)
+            return
         path, _, query = self.path.partition("?")
         if path == "/metrics":
             openmetrics = wants_openmetrics(",".join(self.headers.get_all("Accept", [])))
@@ -107,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
     ) -> None:
         self.send_response(status)
         self.send_header("Content-Type", content_type)
+        if status == HTTPStatus.UNAUTHORIZED:
+            self.send_header("WWW-Authenticate", "Basic")
         if compressible:
             self.send_header("Vary", "Accept, Accept-Encoding")
             encodings = ",".join(self.headers.get_all("Accept-Encoding", []))
@@ -123,14 +131,18 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Exporter(ThreadingHTTPServer):
-    """The HTTP server. ``port`` 0 takes any free one; :attr:`url` tells which. Raises ExporterError."""
+    """The HTTP server. ``port`` 0 takes any free one; :attr:`url` tells which. Raises ExporterError.
+
+    web: who may look, and over what; None for everybody, over plain HTTP.
+    """
 
     daemon_threads = True
     #: Scrapes that arrive together wait their turn instead of being refused.
     request_queue_size = 64
 
-    def __init__(self, collector: MoeCollector, host: str, port: int) -> None:
+    def __init__(self, collector: MoeCollector, host: str, port: int, web: WebConfig | None = None) -> None:
         self.collector = collector
+        self.web = web
         self._fleet = FleetLoad(collector)
         self._thread: threading.Thread | None = None
         if not 0 <= port <= 65535:
@@ -150,7 +162,20 @@ class Exporter(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
-        return f"http://{host}:{self.server_port}"
+        scheme = "http" if self.web is None or self.web.tls is None else "https"
+        return f"{scheme}://{host}:{self.server_port}"
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """In the connection's own thread, so that a slow handshake holds up nobody else."""
+        tls = None if self.web is None else self.web.tls
+        if tls is None:
+            super().finish_request(request, client_address)
+            return
+        request.settimeout(_Handler.timeout)
+        with tls.wrap_socket(request, server_side=True) as secure:
+            super().finish_request(secure, client_address)
+            with contextlib.suppress(OSError):
+                secure.unwrap()
 
     def page(self) -> str:
         engines = self.collector.read()

@@ -170,6 +170,7 @@ class MetricsMiddleware:
         self._app = app
         self._collector = collector
         self._work = Worker("moe-monitor-scrape")
+        self._missing = False
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].rstrip("/") != "/metrics" or scope["method"] != "GET":
@@ -193,8 +194,11 @@ class MetricsMiddleware:
         try:
             call = functools.partial(self._extend, body, names, openmetrics, compress)
             body = await asyncio.wait_for(self._work.submit(call), SCRAPE_SECONDS)
+            self._missing = False
         except Exception as error:
-            logger.warning("moe-monitor: its metrics are missing from an answer of /metrics: %r", error)
+            if not self._missing:  # once, not at every scrape
+                logger.warning("moe-monitor: its metrics are missing from answers of /metrics: %r", error)
+            self._missing = True
             compress = False  # vLLM's own metrics, as they came
         kept = [(k, v) for k, v in start["headers"] if k.lower() not in (b"content-length", b"content-encoding")]
         kept.append((b"content-length", str(len(body)).encode()))

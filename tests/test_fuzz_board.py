@@ -18,7 +18,7 @@ from moe_monitor.layout import RowLayout
 from moe_monitor.records import INDEX, META_BYTES, Meta, RecordReader, record_segments, short_id
 from moe_monitor.snapshot import STATUS_BYTES, STATUS_SEGMENT, Status, read_engines, routing_segment
 
-quick = settings(max_examples=200, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=200, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

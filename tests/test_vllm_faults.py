@@ -245,7 +245,7 @@ def test_a_hang_in_the_publishers_thread_and_in_the_reader(house: House, first: 
             assert waits[0] > 4.9  # it waited for ours
             assert max(waits[1:]) < 4  # and knows now that it hangs
             samples = eventually(lambda: says(s := first.server.metrics(), 0) and s, 30)
-            assert time.monotonic() - began >= 15
+            assert time.monotonic() - began >= 14  # the last record was up to half a second old
             assert only(samples, "moe_monitor_snapshot_age_seconds") >= 15
             load.progress()
         eventually(lambda: says(first.server.metrics(), 1), 5)

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gzip
 import html
 import json
 import logging
+import os
 import socket
+import struct
 import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
@@ -32,6 +35,11 @@ logger = logging.getLogger(__name__)
 
 #: Below this many bytes compression saves less than it costs.
 _GZIP_FROM = 1024
+
+#: What is compressed at a time, in bytes.
+_PART = 1 << 20
+#: Deflate, no name, no time, fastest, of an unknown system.
+_GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\x04\xff"
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>moe-monitor exporter</title>
@@ -79,6 +87,12 @@ def accepts_gzip(accept_encoding: str) -> bool:
     return wanted.get("gzip", wanted.get("*", 0.0)) > 0
 
 
+def _deflate(part: bytes, last: bool) -> bytes:
+    """Deflated data that further parts may follow, unless it is the ``last``."""
+    packer = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return packer.compress(part) + packer.flush(zlib.Z_FINISH if last else zlib.Z_SYNC_FLUSH)
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: Exporter
     protocol_version = "HTTP/1.1"
@@ -119,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Vary", "Accept, Accept-Encoding")
             encodings = ",".join(self.headers.get_all("Accept-Encoding", []))
             if len(body) >= _GZIP_FROM and accepts_gzip(encodings):
-                body = gzip.compress(body, compresslevel=1)
+                body = self.server.compress(body)
                 self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -143,6 +157,7 @@ class Exporter(ThreadingHTTPServer):
     def __init__(self, collector: MoeCollector, host: str, port: int, web: WebConfig | None = None) -> None:
         self.collector = collector
         self.web = web
+        self._packers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="moe-monitor-gzip")
         self._fleet = FleetLoad(collector)
         self._thread: threading.Thread | None = None
         if not 0 <= port <= 65535:
@@ -176,6 +191,12 @@ class Exporter(ThreadingHTTPServer):
             super().finish_request(secure, client_address)
             with contextlib.suppress(OSError):
                 secure.unwrap()
+
+    def compress(self, body: bytes) -> bytes:
+        """One gzip member at the fastest level, whose parts are packed side by side: zlib lets go of Python's lock."""
+        parts = [body[i : i + _PART] for i in range(0, len(body), _PART)]
+        packed = list(self._packers.map(_deflate, parts, [part is parts[-1] for part in parts]))
+        return b"".join((_GZIP_HEAD, *packed, struct.pack("<II", zlib.crc32(body), len(body) & 0xFFFFFFFF)))
 
     def page(self) -> str:
         engines = self.collector.read()
@@ -214,6 +235,7 @@ class Exporter(ThreadingHTTPServer):
         self.collector.stop()
         with contextlib.suppress(OSError):
             self.server_close()
+        self._packers.shutdown(wait=False, cancel_futures=True)
 
 
 def _refusal(error: OSError | UnicodeError, host: str, port: int) -> str:

@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.error
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,17 @@ def matrix(samples: Any, oracle: Oracle) -> np.ndarray:
         found = dict(labels)
         counts[int(found["layer"]), int(found["expert"])] += int(value)
     return counts
+
+
+def sizes(pid: int) -> dict[str, int]:
+    """Resident memory, threads and open files of a process."""
+    proc = Path(f"/proc/{pid}")
+    status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines() if ":" in line)
+    return {
+        "rss_kib": int(status["VmRSS"].split()[0]),
+        "threads": int(status["Threads"]),
+        "descriptors": len(list((proc / "fd").iterdir())),
+    }
 
 
 class Load:

@@ -23,7 +23,7 @@ from typing import Any
 
 import promtool
 import pytest
-from live import PROMPTS, Live, Scrapes, matrix
+from live import PROMPTS, Live, Scrapes, matrix, sizes
 from oracle import Oracle
 from serving import Server, eventually, free_port, only, parse, select
 
@@ -53,6 +53,8 @@ class House:
         self.servers: list[Server] = []
         #: What is started and lost beside the first server.
         self.second: Live | None = None
+        #: Sizes of the first server's processes, early in its life.
+        self.sizes: dict[int, dict[str, int]] = {}
 
     def start(self, name: str, method: str, *arguments: str) -> Server:
         faults = ",".join(f"{where}:{self.plant(where, name)}" for where in ("record", "publish", "collect"))
@@ -147,6 +149,7 @@ def test_the_wall_clock_jumps(house: House, first: Live) -> None:
     totals = [only(s, "moe_routed_tokens_total", layer="0") for s in scrapes.answers]
     assert totals == sorted(totals)
     first.check_exact()
+    house.sizes = {pid: sizes(pid) for pid in group(first.server.process.pid)}
 
 
 def cut(path: Path) -> None:
@@ -289,7 +292,7 @@ HOSTILE = [
     "עברית\u202eevil",
     "\U0001f999" * 200,
     "x" * 100_000,
-    "a\nmoe_evil 1\rb\0c\x1b[31m\x7f\ud800",
+    "a\nmoe_evil 1\rb\0c\x1b[31m\x7f",
 ]
 
 
@@ -446,6 +449,17 @@ def test_a_worker_is_killed(house: House, first: Live) -> None:
     assert group(pid) == []
     assert "EngineDeadError" in second.server.log or "died" in second.server.log
     first.check_exact()
+
+
+def test_processes_stay_as_large_as_they_were(house: House, first: Live) -> None:
+    """The short form of `benchmarks/soak.py`: after all of the above, thousands of requests and hundreds of scrapes."""
+    assert set(house.sizes) == set(group(first.server.process.pid))
+    for pid, before in house.sizes.items():
+        now = sizes(pid)
+        print(f"process {pid}: {before} -> {now}")
+        assert now["threads"] <= before["threads"] + 2  # some are started by their first work
+        assert now["descriptors"] <= before["descriptors"] + 4
+        assert now["rss_kib"] <= before["rss_kib"] + (64 << 10)
 
 
 def test_a_hook_on_the_serving_path_hangs(house: House, first: Live) -> None:

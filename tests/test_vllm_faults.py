@@ -62,7 +62,7 @@ class House:
             "MOE_TEST_FAULT": faults,
             "MOE_TEST_CLOCK": str(self.plant("clock", name)),
             "MOE_TEST_STARTED": str(self.tmp / f"{name}.pids"),
-            "VLLM_WORKER_MULTIPROCESSING_METHOD": method,
+            "VLLM_WORKER_MULTIPROC_METHOD": method,
             # The two servers share this machine's cores.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",
@@ -331,6 +331,11 @@ def test_hostile_ids_and_arguments(house: House, first: Live) -> None:
     first.check_exact()
 
 
+def server_name(house: House, live: Live) -> str:
+    """What the exporter's label ``server`` says."""
+    return house.boards(live.server.process.pid)[0].name.split(".")[0]
+
+
 #: What the second server calls its model.
 ODD_NAME = 'odd "model"\\ {le="1"} %s %n 模型\n# TYPE moe_evil counter\nmoe_evil 1 # ../../x'
 
@@ -380,8 +385,7 @@ def test_two_servers_share_a_machine(house: House, first: Live) -> None:
     assert len(scrapes.answers) >= 3
     together = parse(MoeCollector(house.run_dir).render().decode())
     for one in (live, first):
-        name = next(p for p in house.boards(one.server.process.pid)).name.split(".")[0]
-        mine = {k: v for k, v in together.items() if ("server", name) in k[1]}
+        mine = {k: v for k, v in together.items() if ("server", server_name(house, one)) in k[1]}
         assert (matrix(mine, house.oracle) == matrix(one.server.metrics(), house.oracle)).all()
         assert only(mine, "moe_routed_tokens_total", layer="0") == one.tokens
     # Spawned engines are interpreters of their own, forked ones are not.
@@ -414,18 +418,21 @@ def test_an_api_server_is_killed_and_started_again(house: House, first: Live) ->
     """What is left of the killed one is not shown; the new one begins at zero; the other server notices nothing."""
     second = house.second
     assert second is not None
-    worker = house.worker(second.server)
+    collector = MoeCollector(house.run_dir)
+    pid, name = second.server.process.pid, server_name(house, second)
     with first.load():
-        os.kill(second.server.process.pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         second.server.process.wait(10)
-        # vLLM's own behaviour: an engine ends when its API server is gone.
-        eventually(lambda: not os.path.exists(f"/proc/{worker}") or worker not in group(second.server.process.pid), 30)
-        text = MoeCollector(house.run_dir).render().decode()
-        assert {dict(k[1])["server"] for k in parse(text)} == {
-            house.boards(first.server.process.pid)[0].name.split(".")[0]
-        }
+        # vLLM's own behaviour (0.32): the engine goes on without anybody to talk to. It lives, so it is shown, idle.
+        mine = {k: v for k, v in parse(collector.render().decode()).items() if ("server", name) in k[1]}
+        assert only(mine, "moe_routed_tokens_total", layer="0") == second.tokens
+        # Then the rest of its container is killed too.
+        os.killpg(pid, signal.SIGKILL)
+        eventually(lambda: not group(pid), 10)
+        shown = {dict(k[1])["server"] for k in parse(collector.render().decode())}
+        assert shown == {server_name(house, first)}
         again = Live(house.start("again", "fork").wait(), house.oracle)
-        assert house.boards(second.server.process.pid) == []
+        assert house.boards(pid) == []
         assert set(select(again.server.metrics(), "moe_routed_tokens_total").values()) == {0}
         again.learn()
         assert again.known == first.known

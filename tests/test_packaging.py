@@ -152,7 +152,7 @@ def test_commands_without_torch_and_vllm(command, environment, tmp_path):
         assert found["plugin"]["status"] == "ok"
         assert found["tiny-olmoe engine 0"]["status"] == "ok"
 
-        record = ("baseline", "record", "--window", "1", "--duration", "2", "normal.json")
+        record = ("baseline", "record", "--window", "1", "--duration", "4", "normal.json")
         with routing(worker):
             recorded = run(*record)
         assert recorded.returncode == 0, recorded.stderr

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from live import Live, sizes
 from oracle import Oracle
-from serving import Server, free_port
+from serving import Server, eventually, free_port
 
 from moe_monitor import __version__
 
@@ -56,6 +57,11 @@ def processes(leader: int) -> dict[int, str]:
             role = "api_server" if int(entry.name) == leader else "engine" if "EngineCore" in command else "other"
             found[int(entry.name)] = role if role != "other" else f"other: {command[-60:]}"
     return found
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
 
 
 def trend(series: list[dict[str, float]], name: str) -> dict[str, float]:
@@ -95,7 +101,7 @@ def soak(folder: Path, model: Path, seconds: float, clients: int, every: float) 
         live = Live(server.wait(), Oracle(model))
         live.learn()
         exporter = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        time.sleep(2)
+        eventually(lambda: listening(port), 60)
         scraping = threading.Thread(target=scrape)
         scraping.start()
         watched = processes(server.process.pid) | {exporter.pid: "exporter"}

@@ -115,7 +115,8 @@ class Environment:
         """pytest's closing line."""
         env = {k: v for k, v in os.environ.items() if not k.startswith(("MOE_MONITOR_", "VLLM_", "PYTHONPATH"))}
         env |= {"VLLM_CACHE_ROOT": str(folder / "cache"), "TMPDIR": str(folder)}
-        command = [str(self.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+        env.setdefault("MOE_TEST_START_SECONDS", "900")
+        command = [str(self.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "3600", *files]
         with self.log.open("a") as log:
             log.write(f"\n$ {' '.join(command)}\n")
             log.flush()

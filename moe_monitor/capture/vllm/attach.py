@@ -337,22 +337,24 @@ class Capture:
             return
         if self.timing is not None:
             self.timing.scheduled = scheduled.num_scheduled_tokens
-        if self.tracer is None:
+        tracer = self.tracer
+        if tracer is None or (tracer.idle and not scheduled.scheduled_new_reqs):
             return
         with self.fuse.guard("requests"):
             new = [_new(request) for request in scheduled.scheduled_new_reqs]
             preempted = scheduled.preempted_req_ids or ()
-            self.tracer.step(new, preempted, scheduled.finished_req_ids, scheduled.num_scheduled_tokens)
+            tracer.step(new, preempted, scheduled.finished_req_ids, scheduled.num_scheduled_tokens)
 
     def trace_rows(self, batch: Any, scheduled: Any, computed: str, tokens: int | None = None) -> None:
         """Whose the rows of the coming pass are. ``batch`` is the model runner's, ``scheduled`` tokens by request id,
         ``computed`` names the batch's array of first positions, ``tokens`` is by default the batch's own number.
         """
-        if self.fuse.blown or self.tracer is None:
+        tracer = self.tracer
+        if self.fuse.blown or tracer is None or tracer.idle:
             return
         with self.fuse.guard("requests"):
             rows = int(batch.num_tokens) if tokens is None else tokens
-            self.tracer.rows(batch.req_ids, rows, scheduled, getattr(batch, computed))
+            tracer.rows(batch.req_ids, rows, scheduled, getattr(batch, computed))
 
     def begin_pass(self, tokens: int) -> None:
         """A real pass of ``tokens`` tokens is about to run."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,16 @@ class NotLive(RuntimeError):
     """vLLM runs the model in a way in which routing is not captured."""
 
 
-def _context() -> Any:
+@functools.cache
+def _seam() -> tuple[Callable[[], Any], Callable[[], bool]]:
     from vllm.forward_context import get_forward_context, is_forward_context_available
 
-    return get_forward_context() if is_forward_context_available() else None
+    return get_forward_context, is_forward_context_available
+
+
+def _context() -> Any:
+    get, available = _seam()
+    return get() if available() else None
 
 
 def graph_key() -> Hashable | None:

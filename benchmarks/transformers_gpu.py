@@ -48,12 +48,12 @@ VOCABULARY = 1024
 #: section -> seconds that it may need on an H100 host, compilation included.
 NEEDS = {
     "exact": 10,
-    "eager": 30,
-    "device_map": 8,
-    "cudagraphs": 35,
-    "inductor": 35,
-    "compiled_exact": 25,
-    "compiled_hooks": 25,
+    "eager": 45,
+    "device_map": 6,
+    "cudagraphs": 32,
+    "inductor": 20,
+    "compiled_exact": 20,
+    "compiled_hooks": 20,
 }
 
 
@@ -252,7 +252,7 @@ class Bench:
                 return start
 
             with torch.inference_mode():
-                found = self.paired({name: starter(name) for name in makers}, *((3, 2) if self.quick else (9, 8)))
+                found = self.paired({name: starter(name) for name in makers}, *((3, 2) if self.quick else (9, 5)))
             say("eager", layers=model.config.num_hidden_layers, tokens=tokens, results=found)
 
     def device_map(self) -> None:

@@ -157,6 +157,9 @@ def test_continuous_batching_counts_every_request_once() -> None:
     fed = [prompt + tokens[:-1] for prompt, tokens in zip(prompts, made, strict=True)]
     assert m.snapshot().column("tokens").tolist() == [sum(map(len, fed))] * 2
     assert np.abs(m.snapshot().counts - expert_counts(model, fed)).sum() <= 2  # a near tie may fall differently
+    decode, *with_prompt = m.snapshot().latency.arrays["step"].sum(axis=1)
+    assert decode >= 1
+    assert sum(with_prompt) >= 1
 
 
 # torch.compile

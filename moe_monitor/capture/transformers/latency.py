@@ -60,6 +60,8 @@ class Clock:
         self._lock = threading.Lock()
         self._pending: deque[TimedPass] = deque()
         self._free: dict[torch.device, list[Any]] = {}
+        self._streams: dict[torch.device, Any] = {}
+        self._capturing = False
         self._passes = 0
         #: The pass that is running.
         self.current: TimedPass | None = None
@@ -75,23 +77,30 @@ class Clock:
 
     # while a pass runs
 
-    @torch.compiler.disable
+    # Not recursive: that takes no wrapper, whose time at each of a hundred marks would be more than the mark's own.
+    @torch.compiler.disable(recursive=False)
     def mark(self, device: torch.device) -> Any:
         """The present moment: seconds, or a recorded CUDA event; None while a CUDA graph is captured."""
         if device.type != "cuda":
             return time.perf_counter()
-        if torch.cuda.is_current_stream_capturing():
+        if self._capturing:
             return None
+        stream = self._streams.get(device)
+        if stream is None:
+            stream = self._streams[device] = torch.cuda.current_stream(device)
         free = self._free.get(device)
         event = free.pop() if free else torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(device))
+        event.record(stream)
         return event
 
     def begin(self, device: torch.device) -> None:
+        """A pass begins; it is taken to stay on the streams that are current now."""
         self._passes += 1
+        self._streams.clear()
+        self._capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self.current = TimedPass(self._passes, self.mark(device))
 
-    @torch.compiler.disable
+    @torch.compiler.disable(recursive=False)
     def add(self, stage: int, layer: int, start: Any, end: Any) -> None:
         """Take the time between two marks; ``layer`` is a position, ``stage`` one in STAGES."""
         if self.current is not None and start is not None and end is not None:

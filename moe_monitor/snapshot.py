@@ -24,6 +24,10 @@ from moe_monitor.layout import RowLayout
 
 STATUS_BYTES = 8192
 
+#: How a status is cut that does not fit, from hardly to always enough (a character takes up to 12 bytes of JSON):
+#: characters of the reason, characters of a name, number of names.
+_CUTS = ((2000, 200, 100), (200, 60, 30), (0, 16, 12))
+
 #: Segment tables shared by every writer.
 STATUS_SEGMENT: dict[str, ArraySpec] = {"json": ("u1", (STATUS_BYTES,))}
 
@@ -45,12 +49,19 @@ class Status:
     sampled: int = 0
 
     def to_array(self) -> NDArray[np.uint8]:
-        """NUL-padded UTF-8; a reason that would not fit is cut."""
-        for limit in (2000, 200, 0):
-            text = json.dumps({**self.__dict__, "reason": self.reason[:limit]}).encode()
+        """NUL-padded UTF-8; what would not fit is cut, the counts add up all the same."""
+        text = b""
+        for reason, length, names in _CUTS:
+            cut = {
+                "reason": self.reason[:reason],
+                "capture": self.capture[:length],
+                "errors": _fewer(self.errors, length, names),
+                "dropped": _fewer(self.dropped, length, names),
+            }
+            text = json.dumps({**self.__dict__, **cut}).encode()
             if len(text) <= STATUS_BYTES:
                 break
-        return np.frombuffer(text[:STATUS_BYTES].ljust(STATUS_BYTES, b"\0"), dtype=np.uint8)
+        return np.frombuffer(text.ljust(STATUS_BYTES, b"\0"), dtype=np.uint8)
 
     @classmethod
     def from_array(cls, array: NDArray[np.uint8]) -> Status:
@@ -74,6 +85,17 @@ class Status:
         if not 0 <= status.hook_seconds < math.inf:
             raise ValueError("the status is damaged")
         return status
+
+
+def _fewer(counts: dict[str, int], length: int, most: int) -> dict[str, int]:
+    """Names cut to ``length``, at most ``most`` of them; what has no name of its own left is counted as "others"."""
+    kept: dict[str, int] = {}
+    for name, n in list(counts.items()):  # a copy: other threads count meanwhile
+        short = name[:length]
+        if short not in kept and len(kept) >= most:
+            short = "others"
+        kept[short] = min(kept.get(short, 0) + n, (1 << 63) - 1)
+    return kept
 
 
 def _count(value: Any, limit: int = 1 << 63) -> int:

@@ -53,7 +53,7 @@ class FakeDriver:
     def end_capture(self) -> int:
         graph, self.capturing = self.capturing, None
         executable = next(self._handles)
-        self.executables[executable] = copy.deepcopy(self.graphs[graph])
+        self.executables[executable] = copy.deepcopy(self.graphs.pop(graph))  # torch keeps no graph, so nobody may ask
         return executable
 
     def kernel(self, name: str, ns: int, argument: int = 0, stream: int = 0, early: bool = False) -> int:
@@ -106,6 +106,7 @@ class FakeDriver:
         return new
 
     def in_clone(self, node: int, clone: int) -> int:
+        assert self._of(node), "the graph of this node is gone"
         return self.clones[node, clone]
 
     def _of(self, node: int) -> dict[int, Node]:

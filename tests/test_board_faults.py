@@ -259,6 +259,23 @@ def test_a_publisher_makes_a_removed_directory_anew(directory):
     publishing.close()
 
 
+def test_a_publisher_that_cannot_make_its_board_anew_tries_again(directory, caplog):
+    """As on a full disk. It says so once, is not switched off, and goes on when there is room."""
+    fuse = Fuse(logging.getLogger("test"))
+    publishing = publisher(directory, fuse)
+    while not directory.is_file():  # the publisher may be faster
+        shutil.rmtree(directory)
+        with contextlib.suppress(IsADirectoryError):
+            directory.write_text("in the way")
+    until(lambda: "nothing is shown until it can be made" in caplog.text)
+    time.sleep(0.3)  # some more rounds
+    assert caplog.text.count("nothing is shown until it can be made") == 1
+    directory.unlink()
+    until(lambda: directory.is_dir() and len(read_engines(directory)) == 1)
+    assert not fuse.blown
+    publishing.close()
+
+
 @pytest.mark.parametrize("where", ["status", "data"])
 def test_garbage_in_a_segment_is_not_read_and_heals_with_the_next_write(writer, where):
     write(writer, 7)

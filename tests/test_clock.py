@@ -316,7 +316,7 @@ def test_no_more_twins_than_device_memory_is_set_aside_for(monkeypatch):
     clock.end_of_graph(second, ("FULL", 16), whole=True)
     second.executable = driver.end_capture()
     clock.after_capture()
-    monkeypatch.setattr(device_clock, "_MOST_NODES", clock._groups["FULL", 8].nodes)
+    monkeypatch.setattr(device_clock, "_MOST_NODES", 1)  # enough for one
     for number in range(1, 5):
         graph, key = ((first, ("FULL", 8)), (second, ("FULL", 16)))[number % 2 == 0]
         run(clock, graph.replay, number, key)

@@ -3,7 +3,10 @@
 import gzip
 import http.client
 import re
+import shutil
 import socket
+import subprocess
+import zlib
 
 import pytest
 from boards import FakeWorker
@@ -88,6 +91,22 @@ def test_gzip_when_asked_for(directory, serve):
         age = re.compile(rb"^(moe_monitor_snapshot_age_seconds\{.*\}) .*$", re.MULTILINE)
         assert age.sub(rb"\1", gzip.decompress(body)) == age.sub(rb"\1", clear)
         assert len(age.findall(clear)) == 1
+
+
+def test_a_large_answer_is_one_gzip_member(directory, serve):
+    """Packed in parts; a client that reads one member must get all of it."""
+    with FakeWorker(directory, layers=tuple(range(58)), experts=256):
+        exporter = serve()
+        _, packed = get(exporter, "/metrics", Accept_Encoding="gzip")
+        reader = zlib.decompressobj(16 + zlib.MAX_WBITS)
+        clear = reader.decompress(packed)
+        assert reader.eof and not reader.unused_data
+        assert len(clear) > 1 << 20
+        assert samples(parse_text(clear.decode()), "moe_expert_tokens_total")[-1].labels["expert"] == "255"
+        curl = [shutil.which("curl"), "--silent", "--compressed", exporter.url + "/metrics"]
+        assert curl[0] is None or subprocess.run(curl, capture_output=True, check=True).stdout.count(
+            b"\n"
+        ) == clear.count(b"\n")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import gzip
 import logging
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,4 +105,44 @@ def test_our_failure_costs_vllms_metrics_nothing(
     assert (status, body) == (200, OWN)
     assert b"content-encoding" not in headers
     assert int(headers[b"content-length"]) == len(OWN)
-    assert "missing from an answer of /metrics" in caplog.text
+    assert "missing from answers of /metrics" in caplog.text
+
+
+def test_while_one_scrape_hangs_others_do_not_wait_and_then_all_is_well_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontend, "SCRAPE_SECONDS", 0.3)
+    released = threading.Event()
+
+    async def scrapes() -> list[tuple[str, float]]:
+        worker, took = frontend.Worker("test"), []
+
+        async def scrape(work: Callable[[], bytes]) -> None:
+            started = time.monotonic()
+            try:
+                answer = (await asyncio.wait_for(worker.submit(work), frontend.SCRAPE_SECONDS)).decode()
+            except TimeoutError:
+                answer = "timeout"
+            took.append((answer, time.monotonic() - started))
+
+        await scrape(lambda: b"ours")
+        await scrape(lambda: b"%d" % released.wait(30))
+        for _ in range(3):
+            await scrape(lambda: b"behind it")
+        released.set()
+        await asyncio.sleep(0.2)
+        await scrape(lambda: b"ours")
+        return took
+
+    took = asyncio.run(scrapes())
+    assert [answer for answer, _ in took] == ["ours", "timeout", "timeout", "timeout", "timeout", "ours"]
+    assert took[1][1] >= 0.3
+    assert all(seconds < 0.2 for _, seconds in took[2:5])
+
+
+def test_a_scrape_that_hangs_does_not_keep_the_process_from_ending() -> None:
+    script = (
+        "import asyncio, time; from moe_monitor.capture.vllm.frontend import Worker\n"
+        "async def main():\n"
+        "    Worker('w').submit(lambda: time.sleep(600)); await asyncio.sleep(0.2)\n"
+        "asyncio.run(main())"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=30)

@@ -18,7 +18,7 @@ from moe_monitor.layout import RowLayout
 from moe_monitor.records import INDEX, META_BYTES, Meta, RecordReader, record_segments, short_id
 from moe_monitor.snapshot import STATUS_BYTES, STATUS_SEGMENT, Status, read_engines, routing_segment
 
-quick = settings(max_examples=200, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=200, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +209,22 @@ def test_a_status_comes_back(reason, errors, seconds):
     got = Status.from_array(sent.to_array())
     assert reason.startswith(got.reason)
     assert (got.errors, got.hook_seconds, got.active) == (errors, seconds, True)
+
+
+@quick
+@given(
+    st.text(st.characters(exclude_categories=()), max_size=300),
+    st.dictionaries(st.text(st.characters(exclude_categories=()), max_size=30), st.integers(0, 2**50), max_size=300),
+)
+@example("op", {"x" * 10_000: 3})
+@example("\U0001f999" * 9000, {chr(i) * 20: 2**50 for i in range(300)})
+@example("op", {"\U0001f999" * 5000 + str(i): 1 for i in range(50)})
+def test_a_status_with_absurd_names_is_cut_and_still_adds_up(capture, counts):
+    """A status that is cut in the middle of its JSON makes the whole board unreadable."""
+    sent = Status(active=True, reason="because", capture=capture, errors=counts, dropped=counts)
+    got = Status.from_array(sent.to_array())
+    assert sum(got.errors.values()) == sum(got.dropped.values()) == sum(counts.values())
+    assert capture.startswith(got.capture)
 
 
 # traced requests

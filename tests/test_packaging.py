@@ -1,10 +1,12 @@
 """The wheel in an environment of its own, without torch and vLLM: what is in it, and that its commands work there."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 import venv
 import zipfile
@@ -13,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from boards import FakeWorker
+
+from moe_monitor.layout import RowLayout
 
 ROOT = Path(__file__).resolve().parent.parent
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
@@ -80,7 +84,7 @@ def test_metadata(metadata):
     assert metadata["Requires-Python"] == ">=3.10"
     needed = {line.split(">")[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert needed == {"numpy", "prometheus-client", "rich", "wrapt"}
-    assert set(metadata.get_all("Provides-Extra")) >= {"otel", "transformers", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) >= {"otel", "web", "transformers", "test", "dev"}
 
 
 def test_entry_points(wheel):
@@ -89,6 +93,40 @@ def test_entry_points(wheel):
         text = archive.read(name).decode()
     assert "[console_scripts]\nmoe-monitor = moe_monitor.cli.main:main\n" in text
     assert "[vllm.general_plugins]\nmoe_monitor = moe_monitor.capture.vllm.plugin:register\n" in text
+
+
+@contextlib.contextmanager
+def routing(worker):
+    """The worker routes all the time, as one must for a baseline to be recorded."""
+    stopped, added = threading.Event(), worker.rows.copy()
+
+    def route():
+        passes = 1
+        while not stopped.wait(0.05):
+            passes += 1
+            worker.rows = worker.rows + added
+            worker.publish(passes)
+
+    thread = threading.Thread(target=route)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+@pytest.mark.slow
+def test_types_reach_whoever_installs_it(command, tmp_path):
+    """mypy, as a user would run it, finds the installed package's types; without py.typed it would refuse."""
+    user = "from moe_monitor.statistics import imbalance_floor\nx: str = imbalance_floor(64, 64, 8)\n"
+    (tmp_path / "user.py").write_text(user)
+    python = command.parent / "python"
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(python), "user.py"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(mypy, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert "py.typed" not in done.stdout
+    assert 'expression has type "float", variable has type "str"' in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -103,7 +141,7 @@ def test_commands_without_torch_and_vllm(command, environment, tmp_path):
     assert (nothing.returncode, nothing.stdout) == (1, "")
     assert "no monitored server is running" in nothing.stderr
 
-    with FakeWorker(tmp_path / "run", tokens=4321):
+    with FakeWorker(tmp_path / "run", tokens=4321) as worker:
         shown = run("top", "--once")
         assert shown.returncode == 0, shown.stderr
         assert "4,321 tokens" in shown.stdout
@@ -114,6 +152,19 @@ def test_commands_without_torch_and_vllm(command, environment, tmp_path):
         assert found["vLLM"]["detail"] == "not installed in this environment"
         assert found["plugin"]["status"] == "ok"
         assert found["tiny-olmoe engine 0"]["status"] == "ok"
+
+        record = ("baseline", "record", "--window", "1", "--duration", "4", "normal.json")
+        with routing(worker):
+            recorded = run(*record)
+        assert recorded.returncode == 0, recorded.stderr
+        shown = run("baseline", "show", "normal.json")
+        assert shown.returncode == 0, shown.stderr
+        assert "tiny-olmoe" in shown.stdout
+
+        written = run("dashboards", "--out", "assets")
+        assert written.returncode == 0, written.stderr
+        made = {path.name for path in (tmp_path / "assets").rglob("*") if path.is_file()}
+        assert made >= {path.name for path in (ROOT / "grafana").rglob("*.json")}
 
         demo = run("demo")
         assert demo.returncode == 1
@@ -126,7 +177,8 @@ def test_commands_without_torch_and_vllm(command, environment, tmp_path):
             url = exporter.stdout.readline().split()[0]
             with urllib.request.urlopen(url, timeout=10) as answer:
                 text = answer.read()
-                assert b'model_name="tiny-olmoe",engine="0",layer="0"} 4321' in text
+                tokens = int(worker.rows[0, RowLayout(64).at("tokens")])
+                assert b'model_name="tiny-olmoe",engine="0",layer="0"} %d\n' % tokens in text
             exporter.send_signal(signal.SIGTERM)
             assert exporter.wait(timeout=10) == 0
         finally:

@@ -77,11 +77,11 @@ def say(kind: str, line: dict) -> None:
 
 def always(clock) -> None:
     """Time every pass from now on."""
-    clock._sampler.hit = lambda number: True
+    clock._sampler.hit = clock._sampler.due = lambda number: True
 
 
 def never(clock) -> None:
-    clock._sampler.hit = lambda number: False
+    clock._sampler.hit = clock._sampler.due = lambda number: False
 
 
 def settle(timing) -> None:
@@ -335,8 +335,6 @@ def main() -> None:
             "hooks_at_start_s": round(capture.fuse.startup_seconds, 3),
             "groups": len(groups),
             "pieces": sum(len(g.twins) for g in groups.values()),
-            "nodes": sum(g.nodes for g in groups.values()),
-            "full_nodes": max((g.nodes for g in groups.values() if g.whole), default=0),
         },
     )
 
@@ -355,7 +353,7 @@ def main() -> None:
     never(clock)
     plain = tokens()
     again = tokens()
-    clock._sampler.hit = lambda number: number % 3 == 0
+    clock._sampler.hit = clock._sampler.due = lambda number: number % 3 == 0
     tokens()  # its twins are ready afterwards
     time.sleep(1)
     launched[0] = 0
@@ -397,7 +395,7 @@ def main() -> None:
     settle(timing)
 
     waiting = [g for g in clock._groups.values() if g.whole and not g.ready]
-    free, began = torch.cuda.mem_get_info()[0], time.time()
+    free, began, nodes = torch.cuda.mem_get_info()[0], time.time(), clock._nodes
     clock._wanted.extend(waiting)
     clock._make_ready()
     torch.cuda.synchronize()
@@ -405,7 +403,7 @@ def main() -> None:
         "MEMORY",
         {
             "made_ready": len(waiting),
-            "nodes": sum(g.nodes for g in waiting),
+            "nodes": clock._nodes - nodes,
             "device_kib": (free - torch.cuda.mem_get_info()[0]) >> 10,
             "seconds": round(time.time() - began, 3),
         },
@@ -482,7 +480,7 @@ def cost(capture, key, replay, size: int, rounds: int = 3, repeat: int = 200) ->
     for _ in range(2):
         replay_with_hooks(capture, key, replay, size)
         settle(timing)
-    clock._sampler.hit = once
+    clock._sampler.hit, clock._sampler.due = once, lambda number: True
     with_all = lambda: replay_with_hooks(capture, key, replay, size)  # noqa: E731
     gpu_ms(replay, 20), gpu_ms(with_all, 20)
     plain, ratios = [], []

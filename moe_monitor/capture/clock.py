@@ -70,8 +70,12 @@ class Sampler:
         self._state = 1
         self._next = every
 
+    def due(self, number: int) -> bool:
+        """Whether the pass with this number is one to be timed. Asked in every pass."""
+        return number >= self._next
+
     def hit(self, number: int) -> bool:
-        """Whether the pass with this number is timed; numbers must grow."""
+        """Whether the pass with this number is timed, in which case it is not asked about again; numbers must grow."""
         if number < self._next:
             return False
         self._state = (self._state * 1_103_515_245 + 12_345) % (1 << 31)
@@ -117,6 +121,10 @@ class HostClock:
         self._lock = threading.Lock()
         self._number = self._tokens = self._kind = self._begin = self._took = self._left_out = 0
         self._before: NDArray[np.int64] | None = None
+
+    def due(self, number: int) -> bool:
+        """Whether :meth:`begin` has something to do."""
+        return self.sampling or self._sampler.due(number)
 
     def begin(self, number: int, tokens: int, kind: Callable[[], int], rows: NDArray[np.int64] | None) -> None:
         """A real pass is about to run; ``rows`` are the counter rows as they stand."""

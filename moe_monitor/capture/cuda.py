@@ -158,6 +158,11 @@ class CudaMeter:
 
     # what the routers say
 
+    @property
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured into a graph."""
+        return self._is_capturing()
+
     def observe(self, layer: int, logits: Tensor, ids: Tensor, key: Hashable, span: Span) -> None:
         """One layer's decision. ``key`` names the graph being captured; it is not looked at otherwise."""
         if self._is_capturing():

@@ -33,8 +33,8 @@ _BEGIN, _END, _GRAPH_FIRST, _GRAPH_BEGIN, _GRAPH_END = range(5)
 _LAYERS = 5
 #: Sampled passes on their way to the host.
 _RING = 8
-#: Nodes of all twins that are kept ready. One takes about 3.8 KB of device memory (measured on H100).
-_MOST_NODES = 2_500
+#: No more twins are made ready once they have so many nodes. One takes about 3.8 KB of device memory (H100).
+_MOST_NODES = 2_200
 #: Device memory that twins may take, MiB.
 TWINS_MIB = 10
 #: Names of kernels that compute router logits. A split reduction has two.
@@ -120,6 +120,10 @@ class DeviceClock:
         return _LAYERS + layer * POINTS + point
 
     # the pass
+
+    def due(self, number: int) -> bool:
+        """Whether :meth:`begin` has something to do."""
+        return self.sampling or self._sampler.due(number)
 
     def begin(self, number: int, tokens: int, kind: Callable[[], int], rows: Tensor | None) -> None:
         """A real pass is about to run; ``rows`` are the counter rows on the device."""
@@ -242,12 +246,9 @@ class DeviceClock:
         if marks is None or not marks.marks:
             return
         twin = Twin(self._stamper, marks.graph, marks.marks)
-        twin.stamp_begin(_GRAPH_BEGIN)
-        twin.stamp_begin(_GRAPH_FIRST)  # before the one above
-        if whole:
-            twin.stamp_end(_GRAPH_END)
         group = self._groups.setdefault(key, _Group(whole))
         group.twins.append(twin)
+        twin.prepare((_GRAPH_FIRST, _GRAPH_BEGIN), _GRAPH_END if whole else None)
         group.nodes += twin.nodes
         self._stand_in(graph, group, twin)
 
@@ -290,13 +291,13 @@ class DeviceClock:
         while self._wanted:
             with self._lock:
                 group = self._wanted.popleft()
-            if self._nodes + group.nodes > _MOST_NODES:
+            if self._nodes >= _MOST_NODES:
                 group.refused = True
                 continue
-            self._nodes += group.nodes
             self._make_current()
             for twin in group.twins:
                 twin.instantiate()
+            self._nodes += group.nodes
             group.ready = True
 
     def _step(self, flight: _Flight) -> SampledStep:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_monitor import statistics
-from moe_monitor.board import BoardWriter, remove_dead_boards
+from moe_monitor.board import BoardError, BoardWriter, remove_dead_boards
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.latency import SEGMENT, LatencyTable, latency_segment
 from moe_monitor.layout import FIXED_POINT, RowLayout
@@ -100,6 +100,7 @@ class Publisher:
         self._records = RecordWriter(self._board, segments)
         remove_dead_boards(directory)
         self._published = -1
+        self._missing = False
         self._wake = threading.Event()
         self._stopping = False
         fuse.on_blow = self._wake.set
@@ -113,12 +114,13 @@ class Publisher:
             wait = due - time.monotonic()
             woken = self._wake.wait(max(0.0, wait if self._requests is None else min(wait, HAND_OVER)))
             self._wake.clear()
+            self._fuse.interrupt_hung()
             try:
                 finished = self._requests is not None and self._requests.pending
                 if woken or finished or time.monotonic() >= due:
                     due = time.monotonic() + self._interval
                     self.publish()  # before the requests: whoever sees them also sees the load that they are part of
-                if finished:
+                if finished and not self._missing:
                     self.hand_over()
             except Exception as error:
                 self._fuse.blow("publish", error)
@@ -128,11 +130,8 @@ class Publisher:
     def publish(self) -> None:
         """One round. Raises what the board or the device copy raise."""
         fresh = not self._board.in_place
-        if fresh:  # by a clean-up of temporary folders, or by the end of a login
-            self._logger.warning("moe-monitor: the board %r was removed or damaged, made anew", str(self._board.path))
-            self._board.close()
-            self._board = self._records.board = self._make_board()
-            self._published = -1
+        if fresh and not self._make_anew():
+            return
         source = self._source
         if source is not None and not self._fuse.blown and source.passes != self._published:
             passes = source.passes  # before the reading: a pass that ends meanwhile is read again next time
@@ -144,6 +143,22 @@ class Publisher:
         if self._timings is not None and not self._fuse.blown and (self._timings.collect() or fresh):
             self._board.write(SEGMENT, self._timings.table.arrays)
         self._write_status()
+
+    def _make_anew(self) -> bool:
+        """After a clean-up of temporary folders, or the end of a login. False where it cannot be done now, as on a
+        full disk: nothing stale is shown meanwhile, and what is counted is not lost.
+        """
+        self._board.close()
+        try:
+            self._board = self._records.board = self._make_board()
+        except BoardError as error:
+            if not self._missing:
+                self._logger.warning("moe-monitor: its board is gone; nothing is shown until it can be made: %s", error)
+            self._missing = True
+            return False
+        self._logger.warning("moe-monitor: the board %r was removed or damaged, made anew", str(self._board.path))
+        self._missing, self._published = False, -1
+        return True
 
     def hand_over(self) -> None:
         """Write what traced requests have finished. Raises what the board or the device copy raise."""

@@ -2,19 +2,23 @@
 
 Runs where vLLM does not have to be installed, and goes on answering while a vLLM server hangs. One per node, as with
 dcgm-exporter. ``/metrics`` in Prometheus text or OpenMetrics, ``/requests`` with the last traced requests as JSON
-(``?limit=N``), ``/-/healthy``, and a small page at ``/``.
+(``?limit=N``), ``/-/healthy``, and a small page at ``/``. Everybody who reaches the port may read all of it, unless a
+web configuration asks for TLS and passwords (:mod:`moe_monitor.export.webconfig`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import gzip
 import html
 import json
 import logging
+import os
 import socket
+import struct
 import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
@@ -25,11 +29,17 @@ from moe_monitor import __version__
 from moe_monitor.export.collector import MoeCollector
 from moe_monitor.export.exposition import OPENMETRICS, TEXT
 from moe_monitor.export.requests import FleetLoad, as_json, recent
+from moe_monitor.export.webconfig import WebConfig
 
 logger = logging.getLogger(__name__)
 
 #: Below this many bytes compression saves less than it costs.
 _GZIP_FROM = 1024
+
+#: What is compressed at a time, in bytes.
+_PART = 1 << 20
+#: Deflate, no name, no time, fastest, of an unknown system.
+_GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\x04\xff"
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>moe-monitor exporter</title>
@@ -77,6 +87,12 @@ def accepts_gzip(accept_encoding: str) -> bool:
     return wanted.get("gzip", wanted.get("*", 0.0)) > 0
 
 
+def _deflate(part: bytes, last: bool) -> bytes:
+    """Deflated data that further parts may follow, unless it is the ``last``."""
+    packer = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return packer.compress(part) + packer.flush(zlib.Z_FINISH if last else zlib.Z_SYNC_FLUSH)
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: Exporter
     protocol_version = "HTTP/1.1"
@@ -86,6 +102,10 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self) -> None:
+        web = self.server.web
+        if web is not None and not web.allows(self.headers.get("Authorization", "")):
+            self._reply(b"Unauthorized\n", "text/plain; charset=utf-8", HTTPStatus.UNAUTHORIZED)
+            return
         path, _, query = self.path.partition("?")
         if path == "/metrics":
             openmetrics = wants_openmetrics(",".join(self.headers.get_all("Accept", [])))
@@ -107,11 +127,13 @@ class _Handler(BaseHTTPRequestHandler):
     ) -> None:
         self.send_response(status)
         self.send_header("Content-Type", content_type)
+        if status == HTTPStatus.UNAUTHORIZED:
+            self.send_header("WWW-Authenticate", "Basic")
         if compressible:
             self.send_header("Vary", "Accept, Accept-Encoding")
             encodings = ",".join(self.headers.get_all("Accept-Encoding", []))
             if len(body) >= _GZIP_FROM and accepts_gzip(encodings):
-                body = gzip.compress(body, compresslevel=1)
+                body = self.server.compress(body)
                 self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -123,14 +145,19 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Exporter(ThreadingHTTPServer):
-    """The HTTP server. ``port`` 0 takes any free one; :attr:`url` tells which. Raises ExporterError."""
+    """The HTTP server. ``port`` 0 takes any free one; :attr:`url` tells which. Raises ExporterError.
+
+    web: who may look, and over what; None for everybody, over plain HTTP.
+    """
 
     daemon_threads = True
     #: Scrapes that arrive together wait their turn instead of being refused.
     request_queue_size = 64
 
-    def __init__(self, collector: MoeCollector, host: str, port: int) -> None:
+    def __init__(self, collector: MoeCollector, host: str, port: int, web: WebConfig | None = None) -> None:
         self.collector = collector
+        self.web = web
+        self._packers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="moe-monitor-gzip")
         self._fleet = FleetLoad(collector)
         self._thread: threading.Thread | None = None
         if not 0 <= port <= 65535:
@@ -150,7 +177,26 @@ class Exporter(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
-        return f"http://{host}:{self.server_port}"
+        scheme = "http" if self.web is None or self.web.tls is None else "https"
+        return f"{scheme}://{host}:{self.server_port}"
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """In the connection's own thread, so that a slow handshake holds up nobody else."""
+        tls = None if self.web is None else self.web.tls
+        if tls is None:
+            super().finish_request(request, client_address)
+            return
+        request.settimeout(_Handler.timeout)
+        with tls.wrap_socket(request, server_side=True) as secure:
+            super().finish_request(secure, client_address)
+            with contextlib.suppress(OSError):
+                secure.unwrap()
+
+    def compress(self, body: bytes) -> bytes:
+        """One gzip member at the fastest level, whose parts are packed side by side: zlib lets go of Python's lock."""
+        parts = [body[i : i + _PART] for i in range(0, len(body), _PART)]
+        packed = list(self._packers.map(_deflate, parts, [part is parts[-1] for part in parts]))
+        return b"".join((_GZIP_HEAD, *packed, struct.pack("<II", zlib.crc32(body), len(body) & 0xFFFFFFFF)))
 
     def page(self) -> str:
         engines = self.collector.read()
@@ -189,6 +235,7 @@ class Exporter(ThreadingHTTPServer):
         self.collector.stop()
         with contextlib.suppress(OSError):
             self.server_close()
+        self._packers.shutdown(wait=False, cancel_futures=True)
 
 
 def _refusal(error: OSError | UnicodeError, host: str, port: int) -> str:

@@ -2,12 +2,11 @@
 
 prometheus_client formats about 150,000 samples a second, and does so on the event loop of the server whose /metrics
 it serves; 58 layers x 256 experts would stall token streaming for 100 ms. Here the text of names and labels is made
-once per set of series and kept, so that a scrape only formats numbers.
+once per set of series and kept as a template with holes for the numbers, so that a scrape only fills them in.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -38,7 +37,7 @@ def _number(value: Any) -> str:
         number = math.inf if value > 0 else -math.inf
     if number.is_integer() and abs(number) < 1e15:
         return str(int(number))
-    return repr(number) if np.isfinite(number) else ("NaN" if number != number else "+Inf" if number > 0 else "-Inf")
+    return repr(number) if math.isfinite(number) else ("NaN" if number != number else "+Inf" if number > 0 else "-Inf")
 
 
 def _bound(value: float) -> str:
@@ -49,7 +48,7 @@ class Exposition:
     """Writes families; keeps the text of names and labels between calls. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._prefixes: dict[tuple[str, Labels], tuple[list[Labels], list[str], int]] = {}
+        self._templates: dict[tuple[str, Labels, bytes], tuple[list[Labels], bytes, int]] = {}
         self._round = 0
 
     def render(self, families: Iterable[Family], *, openmetrics: bool = False) -> bytes:
@@ -60,49 +59,47 @@ class Exposition:
             if not family.labels:
                 continue
             grouped.setdefault(family.metric.name, []).append(family)
-        parts: list[str] = []
+        parts: list[bytes] = []
         for members in grouped.values():
-            metric = members[0].metric
-            parts.append(_head(metric, openmetrics))
-            for family in members:
-                self._series(parts, family, openmetrics)
+            parts.append(_head(members[0].metric, openmetrics).encode())
+            parts += [
+                self._histogram(f, openmetrics) if f.metric.kind == "histogram" else self._plain(f) for f in members
+            ]
         if openmetrics:
-            parts.append("# EOF\n")
+            parts.append(b"# EOF\n")
         if self._round % _KEEP == 0:  # servers come and go
             old = self._round - _KEEP
-            self._prefixes = {key: kept for key, kept in self._prefixes.items() if kept[2] > old}
-        return "".join(parts).encode()
+            self._templates = {key: kept for key, kept in self._templates.items() if kept[2] > old}
+        return b"".join(parts)
 
-    def _series(self, parts: list[str], family: Family, openmetrics: bool) -> None:
-        prefixes = self._prefix(family)
-        if family.metric.kind != "histogram":
-            values = family.values
-            if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
-                texts: Iterable[str] = map(str, values.tolist())
-            else:
-                texts = map(_number, values)
-            parts.append("".join(itertools.chain.from_iterable(zip(prefixes, texts, itertools.repeat("\n")))))
-            return
-        cumulative = np.cumsum(np.asarray(family.values, dtype=np.int64), axis=-1)
-        numbers: list[str] = []
+    def _plain(self, family: Family) -> bytes:
+        values = family.values
+        if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
+            return self._template(family, b"%d") % tuple(values.ravel().tolist())
+        return self._template(family, b"%b") % tuple(_number(value).encode() for value in values)
+
+    def _histogram(self, family: Family, openmetrics: bool) -> bytes:
+        cumulative = np.cumsum(np.asarray(family.values, dtype=np.int64), axis=-1).tolist()
+        sums = np.asarray(family.sums).tolist()
         exemplars = family.exemplars if openmetrics else None  # the text format has no place for them
-        for i, (row, total) in enumerate(zip(cumulative.tolist(), np.asarray(family.sums).tolist(), strict=True)):
+        numbers: list[int | bytes] = []
+        for i, (row, total) in enumerate(zip(cumulative, sums, strict=True)):
             if exemplars is None:
-                numbers.extend(map(str, row))
+                numbers += row
             else:
-                numbers.extend(f"{n}{_exemplar(e)}" for n, e in zip(row, exemplars[i], strict=True))
-            numbers.append(str(row[-1]))
-            numbers.append(_number(total))
-        parts.append("".join(itertools.chain.from_iterable(zip(prefixes, numbers, itertools.repeat("\n")))))
+                numbers += [f"{n}{_exemplar(e)}".encode() for n, e in zip(row, exemplars[i], strict=True)]
+            numbers += (row[-1], _number(total).encode())
+        return self._template(family, b"%d" if exemplars is None else b"%b") % tuple(numbers)
 
-    def _prefix(self, family: Family) -> list[str]:
-        key = (family.metric.name, family.common)
-        kept = self._prefixes.get(key)
-        if kept is not None and kept[0] == family.labels:
+    def _template(self, family: Family, hole: bytes) -> bytes:
+        """All lines of a family; ``hole`` stands for the numbers of series, and for those of a histogram's buckets."""
+        key = (family.metric.name, family.common, hole)
+        kept = self._templates.get(key)
+        if kept is not None and (kept[0] is family.labels or kept[0] == family.labels):
             labels, made, _ = kept
         else:
-            labels, made = list(family.labels), [p for labels in family.labels for p in _prefixes(family, labels)]
-        self._prefixes[key] = (labels, made, self._round)
+            labels, made = family.labels, b"".join(_lines(family, labels, hole) for labels in family.labels)
+        self._templates[key] = (labels, made, self._round)
         return made
 
 
@@ -123,12 +120,14 @@ def _head(metric: Metric, openmetrics: bool) -> str:
     return f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n"
 
 
-def _prefixes(family: Family, labels: Labels) -> list[str]:
+def _lines(family: Family, labels: Labels, hole: bytes) -> bytes:
+    """The lines of one series, for ``%``; a histogram has holes for buckets, count and sum, in this order."""
     metric = family.metric
     pairs = zip(family.names, family.common + labels, strict=True)
     text = ",".join(f'{name}="{escape(value)}"' for name, value in pairs)
     if metric.kind != "histogram":
-        return [f"{metric.name}{{{text}}} "]
+        return f"{metric.name}{{{text}}} ".replace("%", "%%").encode() + hole + b"\n"
     bounds = [*map(_bound, metric.buckets), "+Inf"]
-    buckets = [f'{metric.name}_bucket{{{text},le="{bound}"}} ' for bound in bounds]
-    return [*buckets, f"{metric.name}_count{{{text}}} ", f"{metric.name}_sum{{{text}}} "]
+    lines = [(f'{metric.name}_bucket{{{text},le="{bound}"}} ', hole) for bound in bounds]
+    lines += [(f"{metric.name}_count{{{text}}} ", b"%d"), (f"{metric.name}_sum{{{text}}} ", b"%b")]
+    return b"".join(line.replace("%", "%%").encode() + end + b"\n" for line, end in lines)

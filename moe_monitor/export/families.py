@@ -6,6 +6,7 @@ only the numbers change from scrape to scrape.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -168,13 +169,16 @@ def _flops(engine: EngineSnapshot) -> tuple[list[Labels], list[int]]:
     return [("router",), ("experts",)], [gate, experts]
 
 
+@functools.lru_cache(maxsize=32)
+def _whole(layers: tuple[int, ...], experts: int) -> list[Labels]:
+    """Kept, because making 14,848 of them at every scrape takes as long as writing their numbers. Do not change it."""
+    return [(str(layer), str(expert)) for layer in layers for expert in range(experts)]
+
+
 def _matrix(engine: EngineSnapshot, max_series: int | None) -> tuple[list[Labels], Any]:
     counts = engine.counts
     if max_series is None or counts.size <= max_series:
-        whole: list[Labels] = [
-            (str(layer), str(expert)) for layer in engine.layers for expert in range(counts.shape[1])
-        ]
-        return whole, counts.ravel()
+        return _whole(engine.layers, counts.shape[1]), counts.ravel()
     order = np.argsort(counts, axis=1, kind="stable")
     shown = np.sort(np.concatenate([order[:, :EXTREMES], order[:, -EXTREMES:]], axis=1), axis=1)
     labels: list[Labels] = [

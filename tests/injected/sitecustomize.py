@@ -2,10 +2,15 @@
 
 MOE_TEST_SCHEDULE=FILE  vLLM's scheduler writes there what it schedules, a JSON line a step: what was computed.
 MOE_TEST_SLOW=LAYER:MILLISECONDS:FILE  the experts of one layer take so much longer for as long as FILE exists.
-MOE_TEST_FAULT=WHERE:FILE  the named function of moe-monitor raises for as long as FILE exists.
 MOE_TEST_ROUTER_BIAS=FILE  every OLMoE router is sure of expert 3 for as long as FILE exists.
+MOE_TEST_FAULT=WHERE:FILE,...  while FILE exists, the named function of moe-monitor raises, or does what FILE says:
+    "hang" waits until FILE is gone, "oom" says that the device's memory is full.
+MOE_TEST_CLOCK=FILE  the wall clock is off by as many seconds as FILE says.
+MOE_TEST_STARTED=FILE  every interpreter that starts, rather than being forked, adds its pid.
+MOE_TEST_HEARTBEAT=FILE  the API server's event loop wakes every 2 ms and writes how late it was, in seconds.
 """
 
+import collections
 import json
 import os
 import time
@@ -14,10 +19,12 @@ import wrapt
 
 FAULTS = {
     "attach": ("moe_monitor.capture.vllm.attach", "Capture._attach"),
+    "meter": ("moe_monitor.capture.meter", "Meter.__init__"),
     "record": ("moe_monitor.capture.meter", "accumulate"),
     "publish": ("moe_monitor.board", "BoardWriter.write"),
     "latency": ("moe_monitor.capture.clock", "HostClock.end"),
     "collect": ("moe_monitor.export.collector", "read_engines"),
+    "match": ("moe_monitor.export.frontend", "FrontEnd.match"),
 }
 
 
@@ -41,13 +48,33 @@ def _record_schedule(path):
     wrapt.register_post_import_hook(patch, "vllm.v1.core.sched.scheduler")
 
 
-def _raise_in(where, path):
+def _plan(path):
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+def _fail(where, path):
+    plan = _plan(path)
+    if plan == "hang":
+        while os.path.exists(path):
+            time.sleep(0.01)
+    elif plan == "oom":
+        import torch
+
+        raise torch.OutOfMemoryError(f"planted in {where}: device out of memory")
+    elif plan is not None:
+        raise RuntimeError(f"planted in {where}")
+
+
+def _fail_in(where, path):
     module, name = FAULTS[where]
 
     def patch(imported):
         def wrapper(wrapped, instance, args, kwargs):
-            if os.path.exists(path):
-                raise RuntimeError(f"planted in {where}")
+            _fail(where, path)
             return wrapped(*args, **kwargs)
 
         wrapt.wrap_function_wrapper(imported, name, wrapper)
@@ -88,6 +115,58 @@ def _slow_down(layer, milliseconds, path):
     wrapt.register_post_import_hook(patch, "vllm.model_executor.layers.fused_moe.routed_experts")
 
 
+def _shift_clock(path):
+    real, real_ns = time.time, time.time_ns
+    offset, read = 0.0, -1.0
+
+    def current():
+        nonlocal offset, read
+        if time.monotonic() - read > 0.02:
+            offset, read = float(_plan(path) or 0), time.monotonic()
+        return offset
+
+    time.time = lambda: real() + current()
+    time.time_ns = lambda: real_ns() + int(current() * 1e9)
+
+
+def _beat(path):
+    """Whatever blocks the event loop makes its next wake-up late. Written by a thread, not to block it ourselves."""
+    late = collections.deque()
+
+    def write():
+        with open(path, "a") as file:
+            while True:
+                time.sleep(0.2)
+                while late:
+                    file.write("{:.6f} {:.6f}\n".format(*late.popleft()))
+                file.flush()
+
+    async def beat():
+        import asyncio
+        import threading
+
+        threading.Thread(target=write, daemon=True).start()
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.002)
+            after = time.monotonic()
+            late.append((after, after - before - 0.002))
+
+    def patch(module):
+        async def serve(wrapped, instance, args, kwargs):
+            import asyncio
+
+            task = asyncio.create_task(beat())
+            try:
+                return await wrapped(*args, **kwargs)
+            finally:
+                task.cancel()
+
+        wrapt.wrap_function_wrapper(module, "Server.serve", serve)
+
+    wrapt.register_post_import_hook(patch, "uvicorn.server")
+
+
 if os.environ.get("MOE_TEST_ROUTER_BIAS"):
     _bias_routers(os.environ["MOE_TEST_ROUTER_BIAS"])
 if os.environ.get("MOE_TEST_SLOW"):
@@ -95,4 +174,11 @@ if os.environ.get("MOE_TEST_SLOW"):
 if os.environ.get("MOE_TEST_SCHEDULE"):
     _record_schedule(os.environ["MOE_TEST_SCHEDULE"])
 for _fault in filter(None, os.environ.get("MOE_TEST_FAULT", "").split(",")):
-    _raise_in(*_fault.split(":", 1))
+    _fail_in(*_fault.split(":", 1))
+if os.environ.get("MOE_TEST_CLOCK"):
+    _shift_clock(os.environ["MOE_TEST_CLOCK"])
+if os.environ.get("MOE_TEST_HEARTBEAT"):
+    _beat(os.environ["MOE_TEST_HEARTBEAT"])
+if os.environ.get("MOE_TEST_STARTED"):
+    with open(os.environ["MOE_TEST_STARTED"], "a") as _file:
+        _file.write(f"{os.getpid()}\n")

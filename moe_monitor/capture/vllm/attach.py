@@ -78,6 +78,8 @@ class Capture:
         self.counts = False
         #: Which requests are traced; None where none are.
         self.tracer: Tracer | None = None
+        #: Whether the model runner is trying itself out with requests that nobody sent.
+        self.warming_up = False
         #: Key of the graph under capture, where the model runner knows it and the forward context does not.
         self.capturing: Hashable | None = None
         #: Key of the graph that was replayed in this pass, likewise.
@@ -321,8 +323,12 @@ class Capture:
         if self.fuse.blown or not isinstance(self.meter, CudaMeter):
             return
         with self.fuse.guard("record", serving=self.meter.valid > 0):
-            key = graph_key()
-            key = self.capturing if key is None else key
+            key = None
+            if self.meter.capturing:
+                key = graph_key()
+                key = self.capturing if key is None else key
+            elif layer == 0:
+                graph_key()  # for what it refuses
             self.meter.observe(layer, logits, ids, key, self._parallel.span(logits.shape[0]))
 
     def begin_step(self, scheduled: Any) -> None:

@@ -32,6 +32,10 @@ def graph_key() -> Hashable | None:
     return (mode.name, context.batch_descriptor)
 
 
+#: Where all that a router sees is this rank's.
+_ALL = Span()
+
+
 @dataclass(frozen=True)
 class Parallel:
     """This rank's place among those that may see each other's tokens."""
@@ -48,7 +52,7 @@ class Parallel:
         distinguishes: this rank's tokens alone, all ranks' one after the other, or a sequence-parallel shard.
         """
         if self.dp_size == 1:
-            return Span()
+            return _ALL
         context = _context()
         metadata = None if context is None else context.dp_metadata
         if metadata is None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import functools
 import gzip
 import logging
+import math
 import os
+import queue
+import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -110,13 +113,64 @@ def patch_metrics(module: ModuleType) -> None:
     module.attach_router = attach_router  # type: ignore[attr-defined]
 
 
+class Worker:
+    """One daemon thread that does work for an event loop, one thing after the other.
+
+    Not a ThreadPoolExecutor: the interpreter waits at its exit for such threads, so a read that hangs would keep the
+    server from ending.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._thread: threading.Thread | None = None
+        self._queue: queue.SimpleQueue[tuple[Callable[[], bytes], asyncio.Future[bytes]]] = queue.SimpleQueue()
+        #: Since when the present piece of work has been at it; infinite while there is none.
+        self._since = math.inf
+
+    def submit(self, work: Callable[[], bytes]) -> asyncio.Future[bytes]:
+        """Call from the event loop. Raises TimeoutError at once while earlier work hangs."""
+        if time.monotonic() - self._since > SCRAPE_SECONDS:
+            raise TimeoutError("an earlier one still hangs")
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._queue.put((work, future))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            work, future = self._queue.get()
+            if future.done():  # whoever waited has given up
+                continue
+            self._since = time.monotonic()
+            result: bytes | Exception
+            try:
+                result = work()
+            except Exception as error:
+                result = error
+            self._since = math.inf
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                future.get_loop().call_soon_threadsafe(_settle, future, result)
+
+
+def _settle(future: asyncio.Future[bytes], result: bytes | Exception) -> None:
+    if future.done():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
 class MetricsMiddleware:
     """Passes everything through and appends the monitor's exposition to a successful answer of ``GET /metrics``."""
 
     def __init__(self, app: App, collector: MoeCollector) -> None:
         self._app = app
         self._collector = collector
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="moe-monitor-scrape")
+        self._work = Worker("moe-monitor-scrape")
+        self._missing = False
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].rstrip("/") != "/metrics" or scope["method"] != "GET":
@@ -138,12 +192,13 @@ class MetricsMiddleware:
         start, body = messages[0], b"".join(m.get("body", b"") for m in messages[1:])
         openmetrics = any(k.lower() == b"content-type" and b"openmetrics" in v for k, v in start["headers"])
         try:
-            work = asyncio.get_running_loop().run_in_executor(
-                self._thread, self._extend, body, names, openmetrics, compress
-            )
-            body = await asyncio.wait_for(work, SCRAPE_SECONDS)
+            call = functools.partial(self._extend, body, names, openmetrics, compress)
+            body = await asyncio.wait_for(self._work.submit(call), SCRAPE_SECONDS)
+            self._missing = False
         except Exception as error:
-            logger.warning("moe-monitor: its metrics are missing from an answer of /metrics: %r", error)
+            if not self._missing:  # once, not at every scrape
+                logger.warning("moe-monitor: its metrics are missing from answers of /metrics: %r", error)
+            self._missing = True
             compress = False  # vLLM's own metrics, as they came
         kept = [(k, v) for k, v in start["headers"] if k.lower() not in (b"content-length", b"content-encoding")]
         kept.append((b"content-length", str(len(body)).encode()))

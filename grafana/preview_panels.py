@@ -86,6 +86,11 @@ def show(value: float, unit: str, decimals: int | None = None) -> str:
             if abs(value) < limit:
                 return f"{value * factor:.{1 if decimals is None else decimals}f} {name}"
         return f"{value / 3600:.1f} h" if value < 172800 else f"{value / 86400:.1f} d"
+    if unit == "flops":
+        for limit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+            if abs(value) >= limit:
+                return f"{value / limit:.{1 if decimals is None else decimals}f} {name}FLOP/s"
+        return f"{value:.0f} FLOP/s"
     suffix = unit.removeprefix("suffix:") if unit.startswith("suffix:") else " req/s" if unit == "reqps" else ""
     if abs(value) >= 10_000:
         scale = 1e6 if abs(value) >= 1e6 else 1e3
@@ -176,12 +181,16 @@ def _dates(times: Any) -> Any:
 def timeseries(frame: Frame) -> None:
     found = [s for answer in frame.answers for s in answer]
     shown = found[:8]
-    axes = frame.axes(0.62, 0.42 + 0.17 * len(shown), 0.15, 0.42)
+    looks = {series["name"]: overrides(frame.panel, series["name"]) for series in found}
+    beside = any(look.get("custom.axisPlacement") == "right" for look in looks.values())
+    axes = frame.axes(0.62, 0.42 + 0.17 * len(shown), 0.5 if beside else 0.15, 0.42)
+    right = axes.twinx() if beside else axes
     unit, custom = frame.defaults.get("unit", "short"), frame.defaults.get("custom", {})
     stacked = custom.get("stacking", {}).get("mode") == "normal"
     base: Any = 0
     for i, series in enumerate(found):
-        special = overrides(frame.panel, series["name"])
+        special = looks[series["name"]]
+        onto, own = (right, special.get("unit", unit)) if "custom.axisPlacement" in special else (axes, unit)
         fixed = special.get("color", {}).get("fixedColor")
         color = COLORS.get(fixed, fixed) if fixed else PALETTE[i % len(PALETTE)]
         t, v = np.array(series["values"]).T
@@ -189,9 +198,9 @@ def timeseries(frame: Frame) -> None:
             axes.fill_between(_dates(t), base, base + v, color=color, alpha=0.4, linewidth=0)
             v = base = base + v
         style = (0, (5, 4)) if "custom.lineStyle" in special else "-"
-        axes.plot(_dates(t), v, color=color, linewidth=1.1 if "custom.lineStyle" in special else 1.7, linestyle=style)
+        onto.plot(_dates(t), v, color=color, linewidth=1.1 if "custom.lineStyle" in special else 1.7, linestyle=style)
         if i < len(shown):
-            last, high = (show(x, unit, frame.defaults.get("decimals")) for x in (v[-1], np.nanmax(v)))
+            last, high = (show(x, own, frame.defaults.get("decimals")) for x in (v[-1], np.nanmax(v)))
             at = -0.3 - 0.17 * i
             inch = axes.get_position().height * frame.figure.get_size_inches()[1]
             axes.text(
@@ -215,10 +224,22 @@ def timeseries(frame: Frame) -> None:
                 axes.axhline(step["value"], color=COLORS.get(step["color"]), linestyle="--", linewidth=1)
                 high = max(high, step["value"] * 1.15)
     axes.set_ylim(frame.defaults.get("min", low), frame.defaults.get("max", high))
+    for look in looks.values():
+        if "custom.axisPlacement" in look:
+            _right(right, look.get("unit", unit), look.get("min"))
     for at, _ in frame.marks:
         axes.axvline(_dates(at), color=COLORS["red"], linewidth=0.7, linestyle=":")
     axes.grid(axis="y", color=RULE, linewidth=0.6)
     axes.yaxis.set_major_formatter(lambda v, _: show(v, unit, frame.defaults.get("decimals") or None))
+
+
+def _right(axes: Axes, unit: str, low: float | None) -> None:
+    for edge in axes.spines.values():
+        edge.set_visible(False)
+    axes.tick_params(colors=DIM, labelsize=7, length=0)
+    _, high = axes.get_ylim()
+    axes.set_ylim(low, max(high, (low or 0) * 1.5))
+    axes.yaxis.set_major_formatter(lambda v, _: show(v, unit, None))
 
 
 def heatmap(frame: Frame) -> None:
@@ -243,6 +264,9 @@ def heatmap(frame: Frame) -> None:
     edges = _dates(np.append(times, times[-1] + _step(found)))
     mesh = axes.pcolormesh(edges, np.arange(len(found) + 1), grid, cmap=cmap, vmin=low, vmax=high, rasterized=True)
     names = [s["name"] for s in found]
+    if "le" in found[0]["metric"]:
+        bound = options.get("yAxis", {}).get("unit", "short")
+        names = [show(float(n), bound) if math.isfinite(float(n)) else n for n in names]
     every = max(1, math.ceil(len(names) / max(4, int(frame.inches()[1] * 4))))
     axes.set_yticks(np.arange(0, len(names), every) + 0.5, names[::every])
     axes.set_ylabel(options.get("yAxis", {}).get("axisLabel", ""), color=DIM, fontsize=7)
@@ -352,17 +376,17 @@ def joined(frame: Frame) -> None:
                     )
             axes.text(edges[j] + 0.004, i + 0.5, text, color=TEXT, fontsize=7.5, va="center")
     if len(ordered) > fits:
-        axes.text(1, 0.5, f"{len(ordered) - fits} more rows", color=DIM, fontsize=7, ha="right", va="center")
+        axes.text(1, -0.6, f"{len(ordered) - fits} more rows", color=DIM, fontsize=7, ha="right", va="center")
 
 
 def text(frame: Frame) -> None:
     axes = frame.axes(0.15, 0.1, 0.15, 0.45)
     axes.set_axis_off()
-    plain = frame.panel["options"]["content"].replace("**", "").replace("`", "")
+    plain = frame.panel["options"]["content"].replace("**", "").replace("`", "").replace("#### ", "")
     wide = int(frame.inches()[0] * 15)
     lines = [
         line
-        for part in plain.split("\n\n")
+        for part in re.split(r"\n\n|\n(?=- |\d+\. )", plain)
         for line in [*textwrap.wrap(re.sub(r"\[(.*?)\]\(.*?\)", r"\1", part), wide), ""]
     ]
     axes.text(0, 1, "\n".join(lines), color=TEXT, fontsize=8, va="top", linespacing=1.5)

@@ -13,6 +13,7 @@ MOE = "vllm/model_executor/layers/fused_moe"
 V1 = "vllm/v1/worker/gpu_model_runner.py"
 V1_CPU = "vllm/v1/worker/cpu_model_runner.py"
 V2 = "vllm/v1/worker/gpu/model_runner.py"
+WARMUP = "vllm/v1/worker/gpu/warmup.py"
 GRAPHS = "vllm/v1/worker/gpu/cudagraph_utils.py"
 RUNNER = f"{MOE}/runner/moe_runner.py"
 ROUTER = f"{MOE}/router/base_router.py"
@@ -242,6 +243,15 @@ def _v2_dummy(sources: Sources) -> str:
     raise Changed("_dummy_run does not call execute_model with dummy_run", V2, dummy.lineno)
 
 
+def _v2_warmup(sources: Sources) -> str:
+    """The worker imports ``warmup_kernels`` by name and calls it with its model runner."""
+    path = "vllm/v1/worker/gpu_worker.py"
+    calls = _calls(sources.tree(path), "warmup_kernels")
+    if not calls or not calls[0].args or ast.unparse(calls[0].args[0]) != "self.model_runner":
+        raise Changed("the worker does not call warmup_kernels(self.model_runner, ...)", path, 1)
+    return f"{path}:{calls[0].lineno}"
+
+
 def _v2_graphs(sources: Sources) -> str:
     """Full graphs are replayed by the manager, each by its descriptor, and piecewise ones through ``run_pw_graph``."""
     cls = sources.cls(GRAPHS, "ModelCudaGraphManager")
@@ -437,6 +447,8 @@ CHECKS = (
         takes(V2, "execute_model", "scheduler_output", "intermediate_tensors", "dummy_run", cls="GPUModelRunner"),
     ),
     Check("runner_v2", "dummy passes are marked", _v2_dummy),
+    Check("runner_v2", "warmup_kernels(model_runner)", takes(WARMUP, "warmup_kernels", "model_runner")),
+    Check("runner_v2", "the worker warms kernels up by warmup_kernels", _v2_warmup),
     Check("runner_v2", "execute_model_state.input_batch.num_tokens", _v2_state),
     Check(
         "runner_v2",
@@ -456,9 +468,24 @@ CHECKS = (
     ),
     Check("runner_v2", "graphs are replayed through the manager", _v2_graphs),
     Check("runner_v2", "prepare_inputs runs for real passes only", _v2_prepare),
-    Check("attach", "MoERunner is a module of the model", _module_base),
     Check(
-        "attach",
+        "latency",
+        "MoERunner._forward_impl(hidden_states, router_logits)",
+        takes(RUNNER, "_forward_impl", "hidden_states", "router_logits", cls="MoERunner"),
+    ),
+    Check(
+        "latency",
+        "MoERunner._apply_quant_method(hidden_states, router_logits)",
+        takes(RUNNER, "_apply_quant_method", "hidden_states", "router_logits", cls="MoERunner"),
+    ),
+    Check(
+        "latency",
+        "SchedulerOutput.num_scheduled_tokens",
+        has("vllm/v1/core/sched/output.py", "SchedulerOutput", "num_scheduled_tokens"),
+    ),
+    Check("layers", "MoERunner is a module of the model", _module_base),
+    Check(
+        "layers",
         "MoERunner attributes",
         has(
             RUNNER,
@@ -467,6 +494,8 @@ CHECKS = (
             "router",
             "routed_experts",
             "moe_config",
+            "gate",
+            "shared_experts",
             "is_monolithic",
             "expert_map",
             "eplb_state",

@@ -10,4 +10,5 @@ if [ ! -x "$env/bin/python" ]; then
         prometheus-client rich wrapt numpy packaging pytest pytest-timeout hypothesis
 fi
 exec "$env/bin/python" -m pytest -q -p no:cacheprovider -m "not gpu and not vllm" \
-    tests/test_transformers_families.py tests/test_transformers_session.py tests/test_transformers_olmoe_facts.py
+    tests/test_transformers_families.py tests/test_transformers_session.py tests/test_transformers_olmoe_facts.py \
+    tests/test_transformers_latency.py

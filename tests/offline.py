@@ -43,7 +43,9 @@ def main() -> None:
 
         for e in read_engines(Path(os.environ["MOE_MONITOR_DIR"])):
             counts = e.counts.tolist() if e.layers else []
-            engines.append({"counts": counts, "passes": e.passes, "status": e.status.__dict__, "identity": e.identity})
+            facts = {"counts": counts, "passes": e.passes, "status": e.status.__dict__, "identity": e.identity}
+            timed = e.latency.arrays["layer"].sum(axis=(2, 3)).tolist() if e.latency is not None else None
+            engines.append(facts | {"timed": timed})
     patched = sorted(m for m in sys.modules if m.startswith("moe_monitor.capture"))
     prompts_ids = [p["prompt_token_ids"] for p in prompts]
     result = {"prompts": prompts_ids, "rounds": rounds, "engines": engines, "ready": ready, "modules": patched}

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from moe_monitor.analysis import (
     Record,
     co_activation,
+    co_activation_bounds,
     domain_specialisation,
     dynamic_k,
     router_saturation,
+    saturation_at_most,
     vocabulary_specialisation,
 )
 from moe_monitor.analysis.summary import describe, histogram_quantile
@@ -98,6 +100,43 @@ def test_published_counts_have_the_papers_domain_specialisation() -> None:
     assert found[names.index("github")].max() > 0.5
     with pytest.raises(ValueError, match="without tokens"):
         domain_specialisation(counts, np.array([1, 0, 1]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([1, 2, 3, 7]))
+def test_totals_bound_what_only_records_can_tell(seed: int, k: int) -> None:
+    record, later = make_record(60, k=k, seed=seed), make_record(60, k=k, seed=seed + 1)
+    low, high = co_activation_bounds(record.counts(), record.tokens)
+    truth = co_activation(record)
+    known = ~np.isnan(truth)
+    assert (np.isnan(truth) == np.isnan(low)).all()
+    assert (low[known] <= truth[known] + 1e-12).all() and (truth[known] <= high[known] + 1e-12).all()
+    saturation = router_saturation(record.ids, later.ids, record.experts)
+    assert (saturation <= saturation_at_most(record.counts(), later.counts()) + 1e-12).all()
+
+
+def test_totals_tell_all_where_there_is_no_choice() -> None:
+    ids = np.tile(np.arange(3, dtype=np.int32), (1, 10, 1))  # every token to experts 0, 1 and 2
+    record = make_record(10, layers=1)
+    record = Record(record.layers, record.probabilities, ids, *_rest(record))
+    low, high = co_activation_bounds(record.counts(), 10)
+    np.testing.assert_array_equal(low[0, :3, :3], 1)
+    np.testing.assert_array_equal(high[0, :3, :3], 1)
+    assert saturation_at_most(record.counts(), record.counts()).tolist() == [1.0]
+    assert saturation_at_most(record.counts(), np.roll(record.counts(), 3, axis=1)).tolist() == [0.0]
+    with pytest.raises(ValueError, match="the same tokens"):
+        saturation_at_most(record.counts(), record.counts() * 2)
+
+
+def test_published_counts_force_two_of_githubs_experts_together() -> None:
+    counts, tokens = published("github")
+    low, high = co_activation_bounds(counts, tokens)
+    # layer 7: 160,773 and 157,847 of 208,896 tokens chose experts 17 and 2
+    first, second = sorted(counts[1])[-1:-3:-1]
+    assert (counts[1].tolist().index(first), counts[1].tolist().index(second)) == (17, 2)
+    assert low[1, 17, 2] == pytest.approx((first + second - tokens) / first)
+    assert low[1, 17, 2] > 0.68
+    assert high[1, 2, 17] == 1
 
 
 def test_vocabulary_specialisation_by_hand() -> None:

@@ -99,6 +99,8 @@ def test_files_hold_the_numbers(tmp_path) -> None:
     assert sum(int(row["tokens"]) for row in experts) == published("github")[0].sum()
     data = json.loads((tmp_path / "s.json").read_text(), parse_constant=pytest.fail)  # no NaN
     assert data["experts"] == published("github")[0].tolist()
+    buckets = data["router_entropy_buckets"]
+    assert {u: n for u, n in zip(buckets["upper"], buckets["tokens"][2], strict=True) if n} == {0.8: 208_896}
     with pytest.raises(ValueError, match="there are 'layers' and 'experts'"):
         summary.to_csv(tmp_path / "x.csv", table="other")
 
@@ -191,9 +193,30 @@ def test_report_is_whole_and_needs_nothing_else() -> None:
     counts = record.counts()
     assert f"layer 1, expert 3: {counts[1, 3]} tokens, {counts[1, 3] / counts[1].mean():.2f} x mean" in page.text
     assert "no difference beyond sampling noise" in page.text
-    assert "the same experts for every token" in page.text
+    assert "The same experts for every token" in page.text
+    assert "The model gave every token 3 experts" in page.text
+    # 600 tokens of entropy 0.75 in each layer
+    assert "layer 1, 0.7 to 0.8: 100.0% of 600 tokens" in page.text
+    assert "layer 1, 0.6 to 0.7: 0.0% of 600 tokens" in page.text
     assert "4 ms" in page.text
     assert "30 ms" in page.text  # 10 + 20 ms in MoE blocks
+
+
+def test_pairs_are_named_beyond_their_loads() -> None:
+    from moe_monitor.analysis.report import render
+
+    draw = np.random.default_rng(4)
+    record = make_record(tokens=2000, experts=16, k=4, layers=1)
+    ids = np.argsort(-draw.random((1, 2000, 16)), axis=2)[..., :4].astype(np.int32)
+    busy = draw.random(2000) < 0.9  # expert 0 is in nearly everybody's company
+    ids[0, busy, 0] = 0
+    mates = draw.random(2000) < 0.1  # 5 and 11 come together
+    ids[0, mates, 2:] = (5, 11)
+    record = Record(record.layers, record.probabilities, ids, record.token_ids, record.sequence, record.passes)
+    facts = {**FACTS, "experts": 16, "top_k": 4}
+    text = render(summarise(engine(record.counts(), 2000, (0,), facts), record=record))
+    both = (record.chosen()[0][:, [5, 11]]).all(axis=1).sum() / record.counts()[0, 5]
+    assert f"Most beyond their loads: 5 with 11: {both:.0%} (loads alone " in text
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import promtool
@@ -161,7 +162,8 @@ def test_dashboards_command(tmp_path, capsys):
     written = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     shipped = ("dashboards", "provisioning", "rules")
     there = {str(p.relative_to(ROOT / "grafana")) for n in shipped for p in (ROOT / "grafana" / n).rglob("*.*")}
-    assert written == {name for name in there if (ROOT / "grafana" / name).is_file()}
+    there = {name for name in there if (ROOT / "grafana" / name).is_file()}
+    assert written == there | {f"runbooks/{p.name}" for p in (ROOT / "docs" / "runbooks").glob("*.md")}
     assert main(["dashboards", "--out", str(out)]) == 0  # the same again is no loss
     mine = out / "rules" / "moe-monitor-alerts.yml"
     mine.write_text("# mine\n")
@@ -174,3 +176,43 @@ def test_dashboards_command(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["dashboards", "--out", str(tmp_path / "file" / "x")]) == 1
     assert "cannot write to" in capsys.readouterr().err
+
+
+def runbook_urls(out):
+    rules = load(out / "rules" / "moe-monitor-alerts.yml")["groups"][0]["rules"]
+    managed = load(out / "provisioning" / "alerting" / "moe-monitor.yaml")["groups"][0]["rules"]
+    assert len(rules) == len(managed)
+    urls = {r.get("alert") or r["title"]: r["annotations"]["runbook_url"] for r in rules + managed}
+    assert urls == {r["title"]: r["annotations"]["runbook_url"] for r in managed}
+    return urls
+
+
+def test_alerts_link_to_the_runbooks_that_are_written_with_them(tmp_path, capsys):
+    from moe_monitor.cli.main import main
+
+    out = tmp_path / "a folder"
+    assert main(["dashboards", "--out", str(out)]) == 0
+    assert "on this machine only" in capsys.readouterr().out
+    for name, url in runbook_urls(out).items():
+        with urllib.request.urlopen(url) as answer:
+            assert answer.read().decode().startswith(f"# {name}\n")
+    command = [promtool.tool("promtool"), "check", "rules", *map(str, (out / "rules").glob("*.yml"))]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("base", ["https://wiki.example/moe", "https://wiki.example/moe/"])
+def test_alerts_link_to_where_the_team_reads_runbooks(base, tmp_path, capsys):
+    from moe_monitor.cli.main import main
+
+    assert main(["dashboards", "--out", str(tmp_path), "--runbook-base", base]) == 0
+    assert "on this machine only" not in capsys.readouterr().out
+    assert runbook_urls(tmp_path) == {name: f"https://wiki.example/moe/{name}.md" for name in runbook_urls(tmp_path)}
+
+
+@pytest.mark.parametrize("base", ["wiki.example/moe", "javascript:alert(1)", "https://x/{{ .Labels }}", "https://x y"])
+def test_a_runbook_base_that_is_no_url_is_refused(base, tmp_path, capsys):
+    from moe_monitor.cli.main import main
+
+    assert main(["dashboards", "--out", str(tmp_path / "out"), "--runbook-base", base]) == 1
+    assert "is not a URL" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

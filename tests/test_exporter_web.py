@@ -185,8 +185,8 @@ def test_the_right_password_is_slow_only_once(config):
         started = time.perf_counter()
         assert web.allows(value) is (value == header)
         took.append(time.perf_counter() - started)
-    assert took[1] < took[0] / 5
-    assert took[3] > took[0] / 5  # guesses stay slow
+    again, *others = took[1], took[0], took[2], took[3]
+    assert again < min(others) / 5  # and guesses stay slow
 
 
 def test_users_and_certificates_are_read_again(config, serve, tmp_path, caplog):
@@ -287,7 +287,7 @@ def test_a_real_prometheus_scrapes_it(config, tmp_path):
 
             tokens = 'moe_routed_tokens_total{layer="0"}'.replace("{", "%7B").replace("}", "%7D").replace('"', "%22")
             eventually(lambda: ask(tokens) == {"with": "777"}, 30)
-            assert ask("up") == {"with": "1", "without": "0"}
+            eventually(lambda: ask("up") == {"with": "1", "without": "0"}, 10)
         finally:
             for process in processes:
                 process.send_signal(signal.SIGTERM)

@@ -11,8 +11,10 @@ UIDS = {
     "moe-monitor-overview",
     "moe-monitor-layers",
     "moe-monitor-ranks",
+    "moe-monitor-latency",
     "moe-monitor-requests",
     "moe-monitor-self",
+    "moe-monitor-runbooks",
 }
 PANELS = list(queries.panels())
 
@@ -31,7 +33,7 @@ def test_frame(uid):
     dashboard = queries.dashboards()[uid]
     variables = {v["name"]: v for v in dashboard["templating"]["list"]}
     assert set(variables) >= {"datasource", "job", "model", "instance", "engine"}
-    assert ("layer" in variables) == (uid in {"moe-monitor-layers", "moe-monitor-ranks"})
+    assert ("layer" in variables) == (uid in {"moe-monitor-layers", "moe-monitor-ranks", "moe-monitor-latency"})
     assert dashboard["tags"] == ["moe-monitor"]
     (link,) = dashboard["links"]
     assert (link["type"], link["tags"], link["includeVars"], link["keepTime"]) == (
@@ -84,6 +86,30 @@ def test_no_panel_scans_the_matrix(uid, panel):
         assert not re.search(queries.MATRIX + r"(?!\{)", target["expr"])
 
 
+RAW = ("moe_layer_duration_seconds_bucket", "moe_layer_duration_seconds_sum", "moe_layer_duration_seconds_count")
+
+
+@pytest.mark.parametrize(("uid", "panel"), PANELS, ids=name)
+def test_no_panel_reads_the_layers_histograms_of_more_than_one_layer(uid, panel):
+    """By layer, stage, kind and bucket they are as many series as the matrix."""
+    for target in panel.get("targets", []):
+        for selector in re.findall("(?:" + "|".join(RAW) + r")(\{[^}]*\})?", target["expr"]):
+            assert 'instance="$server"' in selector and 'layer="$layer"' in selector
+
+
+def test_runbooks_are_all_there_in_full():
+    (titles,) = [
+        {p["title"]: p["options"]["content"] for p in d["panels"] if p["type"] == "text"}
+        for uid, d in queries.dashboards().items()
+        if uid == "moe-monitor-runbooks"
+    ]
+    folder = queries.ROOT / "docs" / "runbooks"
+    assert set(titles) == {path.stem for path in folder.glob("*.md")}
+    for title, content in titles.items():
+        lines = (folder / f"{title}.md").read_text().splitlines()[2:]
+        assert [line.lstrip("# ") for line in content.splitlines()] == [line.lstrip("# ") for line in lines]
+
+
 def test_links_between_dashboards_lead_somewhere():
     text = json.dumps(queries.dashboards())
     linked = set(re.findall(r"/d/([\w-]+)", text))
@@ -101,4 +127,5 @@ def test_vllm_has_the_metrics_that_are_used():
         pytest.skip("vLLM is not installed here")
     sources = (Path(found.origin).parent / "v1" / "metrics").rglob("*.py")
     text = "".join(path.read_text() for path in sources)
-    assert {metric for metric in queries.VLLM if f'"{metric}"' in text} == queries.VLLM
+    used = queries.VLLM_GAUGES | queries.VLLM_HISTOGRAMS
+    assert {metric for metric in used if f'"{metric}"' in text} == used

@@ -68,6 +68,7 @@ def test_contents(wheel):
         if path.is_file() and "__pycache__" not in path.parts
     }
     assets = {f"moe_monitor/{path.relative_to(ROOT)}" for path in (ROOT / "grafana").rglob("*") if path.is_file()}
+    assets |= {f"moe_monitor/grafana/runbooks/{path.name}" for path in (ROOT / "docs" / "runbooks").glob("*.md")}
     assert "moe_monitor/py.typed" in sources
     assert assets
     inside = {name for name in names if ".dist-info/" not in name}

@@ -445,6 +445,11 @@ def test_a_front_board_grows_with_its_engines(tmp_path) -> None:
     with BoardReader(path) as reader:
         assert reader.alive
         assert reader.identity["engines"] == [["m", "0"], ["m", "1"]]
+    path.unlink()  # by a clean-up of temporary folders
+    board.add(("m", "0"), values)
+    board.publish()
+    with BoardReader(path) as reader:
+        assert reader.read("engine/0").arrays["entropy"].sum() == 2, "what was counted before is still there"
     board.close()
     assert not path.exists()
 

@@ -30,7 +30,7 @@ def test_each_alert_fires_and_does_not():
     assert {t["name"] for t in tests} == {f"{n} {what}" for n in NAMES for what in ("fires", "does not fire")}
     for test in tests:
         expected = [check["exp_alerts"] for check in test["alert_rule_test"]]
-        assert all(expected) if test["name"].endswith(" fires") and "not" not in test["name"] else not any(expected)
+        assert not any(expected) if test["name"].endswith("does not fire") else expected[-1]
 
 
 def test_generated_files_are_fresh():
@@ -47,7 +47,7 @@ def test_each_alert_says_what_is_needed(rule):
     assert "{{ $labels.model_name }}" in notes["summary"]
     assert "$value" in notes["description"]
     runbook = ROOT / "docs" / "runbooks" / f"{rule['alert']}.md"
-    assert notes["runbook_url"].endswith(f"/docs/runbooks/{runbook.name}")
+    assert notes["runbook_url"] == f"runbooks/{runbook.name}"
     text = runbook.read_text()
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Meaning", "Impact", "Check", "Act", "False positives"]
     assert f"Severity: {rule['labels']['severity']}\n" in text

@@ -31,7 +31,7 @@ def test_an_old_driver_is_named_with_what_it_lacks(monkeypatch: pytest.MonkeyPat
 @on_gpu
 def test_a_twin_computes_the_same_and_times_what_lies_between_its_marks() -> None:
     driver = Driver()
-    slots = torch.zeros(4, dtype=torch.int64, device="cuda")
+    slots = torch.zeros(5, dtype=torch.int64, device="cuda")
     stamper = Stamper(driver, slots.data_ptr())
     x = torch.randn(2048, 2048, device="cuda")
     y = x @ x  # cuBLAS is set up outside the capture
@@ -50,7 +50,7 @@ def test_a_twin_computes_the_same_and_times_what_lies_between_its_marks() -> Non
         marks.note(driver, 3, state.tail)
         y = y + 1
         twin = Twin(stamper, state.graph, marks.marks)
-    twin.stamp_begin(0)
+    twin.prepare((4, 0))
     twin.instantiate()
     graph.replay()
     torch.cuda.synchronize()
@@ -65,8 +65,8 @@ def test_a_twin_computes_the_same_and_times_what_lies_between_its_marks() -> Non
     end.record()
     torch.cuda.synchronize()
     assert torch.equal(y, expected)
-    start, first, second, last = slots.tolist()
-    assert start < first < second < last
+    start, first, second, last, before = slots.tolist()
+    assert before < start < first < second < last
     assert (last - second) > 10 * (second - first)
     whole = begin.elapsed_time(end) * 1e6  # an oracle that is not ours: events around the launch
     assert 0.8 * whole < last - start <= whole + 5_000

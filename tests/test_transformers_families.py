@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from packaging.version import Version
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from transformers_models import FAMILIES, V5, batch, left_padded, make  # noqa: E402
 
@@ -100,7 +101,10 @@ def test_router_figures_match_float64_of_the_models_own_logits(family: str) -> N
     ids, mask = left_padded()
     with torch.no_grad(), monitor(model, record=True) as m:
         out = model(ids, attention_mask=mask, output_router_logits=True)
-    logits = [x for x in out.router_logits if x is not None]
+    returned = getattr(out, "router_logits", None)
+    if returned is None and Version(transformers.__version__) < Version("5.19"):
+        pytest.skip("this transformers returns no router logits for this family")
+    logits = [x for x in returned if x is not None]
     if not V5 and family == "qwen3_moe":
         logits = logits[-1:]
     real = mask.reshape(-1).bool().numpy()
@@ -177,8 +181,6 @@ def test_bfloat16_and_uniform_weights_are_still_read_rightly() -> None:
 
 
 def test_what_cannot_be_monitored_is_refused_with_a_reason() -> None:
-    import transformers
-
     dense = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2

@@ -16,6 +16,7 @@ from test_analysis_metrics import published  # noqa: E402
 from transformers_models import V5, batch, make  # noqa: E402
 
 from moe_monitor import statistics  # noqa: E402
+from moe_monitor.analysis import domain_specialisation  # noqa: E402
 
 PAGE = (Path(__file__).parent.parent / "docs" / "olmoe.md").read_text()
 
@@ -201,3 +202,12 @@ def test_real_routing() -> None:
         counts, tokens = published(text)
         assert said == ", ".join(f"{x:.2f}" for x in counts.max(axis=1) / counts.mean(axis=1))
     assert statistics.imbalance_floor(tokens, 64, 8) == pytest.approx(1.014, abs=0.0005)
+
+
+def test_domain_specialisation() -> None:
+    said = table("Domain specialisation")
+    for text, row in said.items():
+        counts, tokens = published(text)
+        share = 100 * domain_specialisation(counts, tokens)
+        assert row == ", ".join(f"{high:.1f} / {low:.1f}" for high, low in zip(share.max(1), share.min(1), strict=True))
+    assert set(said) == {"c4", "wikipedia", "github", "tulu"}

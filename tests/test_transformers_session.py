@@ -25,9 +25,9 @@ def choices(model, ids, mask=None) -> np.ndarray:
     """Oracle: counts [layers, experts] from transformers' own output_router_logits, real tokens only."""
     with torch.no_grad():
         out = model(ids, attention_mask=mask, output_router_logits=True)
-    real = torch.ones(ids.numel(), dtype=torch.bool) if mask is None else mask.reshape(-1).bool()
+    real = torch.ones(ids.numel(), dtype=torch.bool) if mask is None else mask.reshape(-1).bool().cpu()
     experts, k = model.config.num_experts, model.config.num_experts_per_tok
-    tops = [x.reshape(-1, experts)[real].topk(k).indices.reshape(-1) for x in out.router_logits]
+    tops = [x.reshape(-1, experts).cpu()[real].topk(k).indices.reshape(-1) for x in out.router_logits]
     return np.stack([torch.bincount(t, minlength=experts).numpy() for t in tops])
 
 
@@ -157,6 +157,9 @@ def test_continuous_batching_counts_every_request_once() -> None:
     fed = [prompt + tokens[:-1] for prompt, tokens in zip(prompts, made, strict=True)]
     assert m.snapshot().column("tokens").tolist() == [sum(map(len, fed))] * 2
     assert np.abs(m.snapshot().counts - expert_counts(model, fed)).sum() <= 2  # a near tie may fall differently
+    decode, *with_prompt = m.snapshot().latency.arrays["step"].sum(axis=1)
+    assert decode >= 1
+    assert sum(with_prompt) >= 1
 
 
 # torch.compile
@@ -319,31 +322,66 @@ def test_device_map_with_weights_on_disk(tmp_path) -> None:
     assert forwards == {name: x.__dict__.get("forward") for name, x in dispatched.named_modules()}
 
 
+def moved(value, device: str):
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return tuple(moved(v, device) for v in value) if isinstance(value, tuple) else value
+
+
+def brought_to(module, device: str) -> None:
+    """Put a module on a device, and whatever it is called with, as dispatching by device_map does."""
+    module.to(device)
+
+    def bring(_module, args, kwargs):
+        return moved(args, device), {k: moved(v, device) for k, v in kwargs.items()}
+
+    module.register_forward_pre_hook(bring, with_kwargs=True)
+
+
 @pytest.mark.gpu
 def test_layers_on_two_devices_merge_into_one_snapshot() -> None:
-    model = make("olmoe")
-    expected = choices(model, batch())
-    accelerate = pytest.importorskip("accelerate")
-    where = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": "cpu"}
-    dispatched = accelerate.dispatch_model(model, {**where, "model.norm": 0, "lm_head": 0}, main_device=0)
-    with torch.no_grad(), monitor(dispatched, record=True) as m:
-        dispatched(batch().cuda())
+    model = make("olmoe", num_hidden_layers=3).cuda()
+    brought_to(model.model.layers[1], "cpu")
+    for module in (model.model.layers[2], model.model.norm):
+        brought_to(module, "cuda")
+    ids, mask = left_padded()
+    ids, mask = ids.cuda(), mask.cuda()
+    with torch.no_grad():
+        before = model(ids, attention_mask=mask, use_cache=False).logits
+        with monitor(model, record=True) as m:
+            during = model(ids, attention_mask=mask, use_cache=False).logits
     assert not m.off, m.reason
+    assert [seam.device.type for seam in m.seams] == ["cuda", "cpu", "cuda"]
+    assert torch.equal(before, during)
+    expected = choices(model, ids, mask)
     assert m.snapshot().counts.tolist() == expected.tolist()
     assert m.record().counts().tolist() == expected.tolist()
+    assert [row["layer_seconds_count"] for row in m.summary().rows] == [1, 1, 1]
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # the compiler's advice, which depends on the GPU
 def test_cuda_graphs_replay_the_count() -> None:
-    model = make("olmoe").cuda()
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    # bfloat16 and rows of whole 16 bytes: for anything else transformers loops over experts on the host, which a
+    # CUDA graph cannot hold
+    model = make("olmoe", hidden_size=64, intermediate_size=32).to(torch.bfloat16).cuda()
     ids = batch().cuda()
     compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
     with torch.no_grad(), monitor(compiled) as m:
         for _ in range(6):
+            torch.compiler.cudagraph_mark_step_begin()
             compiled(ids, use_cache=False)
     assert not m.off, m.reason
+    assert counters["inductor"]["cudagraph_skips"] == 0
     assert m.snapshot().passes == 6
     assert m.snapshot().counts.sum(axis=1).tolist() == [6 * 42] * 2
+    # the compiler rounds less often than eager code, so a near tie of bfloat16 may fall differently, but not many
+    assert np.abs(m.snapshot().counts - 6 * choices(model, ids)).sum() <= 6 * 42 * 2 * 0.25
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
@@ -497,8 +535,8 @@ def test_latency_is_taken_per_stage_and_adds_up() -> None:
         gate.forward = original
     first, second = m.summary().rows
     assert second["router_seconds_count"] == 3
-    assert second["router_seconds_p50"] == pytest.approx(0.02, abs=0.01)
-    assert first["router_seconds_p50"] < 0.01
+    assert second["router_seconds_p50"] >= 0.02  # on a busy machine it may take longer
+    assert second["router_seconds_p50"] - first["router_seconds_p50"] > 0.01
     for row in (first, second):
         assert 0 < row["router_seconds_mean"] + row["experts_seconds_mean"] <= row["layer_seconds_mean"] + 1e-6
         assert row["layer_seconds_p95"] >= row["layer_seconds_p50"]

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from serving import Server, eventually, only, parse, select, serving
 pytestmark = pytest.mark.vllm
 
 BATCH = 64  # tokens a step: longer prompts are prefilled in chunks
+SLOW_LAYER, SLOW_MS = 2, 5  # planted on demand
 
 
 class Traffic:
@@ -111,8 +112,10 @@ def traffic(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     schedule.touch()
     arguments = ["--enforce-eager", "--max-num-batched-tokens", str(BATCH), "--max-num-seqs", "16"]
     arguments += ["--max-model-len", "512", "--block-size", "32", "--num-gpu-blocks-override", "20"]
-    fault = ",".join(f"{where}:{tmp / where}" for where in ("collect", "record"))
+    fault = ",".join(f"{where}:{tmp / where}" for where in ("collect", "record", "latency"))
     environment = {"MOE_TEST_SCHEDULE": str(schedule), "MOE_TEST_FAULT": fault, "MOE_MONITOR_LOG_INTERVAL": "1"}
+    # Passes are timed ten times as often as by default, while all that follows must stay exact.
+    environment |= {"MOE_MONITOR_LATENCY_EVERY": "20", "MOE_TEST_SLOW": f"{SLOW_LAYER}:{SLOW_MS}:{tmp / 'slow'}"}
     with serving(tiny_model, tmp / "server", *arguments, **environment) as server:
         yield Traffic(server, schedule, Oracle(tiny_model))
 
@@ -241,6 +244,90 @@ def test_metrics_are_served_as_asked_for(traffic: Traffic) -> None:
 def test_a_summary_line_is_logged(traffic: Traffic) -> None:
     traffic.send(traffic.prompt(10), max_tokens=5)
     assert eventually(lambda: "MoE routing:" in traffic.server.log, 3)
+
+
+def stage_means(traffic: Traffic, load: Callable[[], object]) -> dict[tuple[str, str], float]:
+    """Mean seconds by (layer, stage) of decode passes that ``load`` brings; at least four of them."""
+    sums, counts = "moe_layer_duration_seconds_sum", "moe_layer_duration_seconds_count"
+
+    def read() -> dict[tuple[str, str], tuple[float, float]]:
+        time.sleep(1.2)  # more than two publishing intervals
+        samples = traffic.server.metrics()
+        n = {
+            tuple(dict(k)[x] for x in ("layer", "stage")): v for k, v in select(samples, counts, kind="decode").items()
+        }
+        s = {tuple(dict(k)[x] for x in ("layer", "stage")): v for k, v in select(samples, sums, kind="decode").items()}
+        return {key: (n[key], s[key]) for key in n}  # type: ignore[misc]  # pairs of strings
+
+    before = read()
+    load()
+    after = read()
+    delta = {key: np.subtract(after[key], before.get(key, (0, 0))) for key in after}
+    assert min(n for n, _ in delta.values()) >= 4
+    return {key: float(seconds / n) for key, (n, seconds) in delta.items()}
+
+
+def test_sampled_passes_are_timed_layer_by_layer(traffic: Traffic) -> None:
+    """One in twenty; layers lie within their pass, stages within their layer, batch sizes are the scheduler's."""
+    traffic.send(traffic.prompt(10), max_tokens=120)
+    time.sleep(1.2)
+    samples = traffic.server.metrics()
+    steps = traffic.settled()["steps"]
+    timed = sum(select(samples, "moe_step_duration_seconds_count").values())
+    assert 0.6 < timed / (len(steps) / 20) < 1.6
+    assert sum(select(samples, "moe_step_tokens_count").values()) == timed
+    layers = sum(select(samples, "moe_layer_duration_seconds_sum", stage="layer").values())
+    assert layers == pytest.approx(sum(select(samples, "moe_step_moe_seconds_total").values()))
+    assert 0 < layers < sum(select(samples, "moe_step_timed_seconds_total").values())
+    for layer in "0123":
+        parts = [
+            sum(select(samples, "moe_layer_duration_seconds_sum", stage=s, layer=layer).values())
+            for s in ("router", "experts", "layer")
+        ]
+        assert parts[0] > 0 and parts[1] > 0
+        assert parts[0] + parts[1] == pytest.approx(parts[2], rel=1e-6)
+    # every token of a sampled pass has eight experts: 2*3*64*32 operations each
+    tokens = sum(select(samples, "moe_step_tokens_sum").values())
+    flops = sum(select(samples, "moe_layer_sampled_flops_total", layer="0").values())
+    assert flops == tokens * 8 * 12288
+    assert not select(samples, "moe_monitor_errors_total", where="latency")
+
+
+def test_a_slow_layer_shows_in_its_experts_and_nowhere_else(traffic: Traffic) -> None:
+    plant, prompt = traffic.schedule.parent / "slow", traffic.prompt(10)
+    outputs = []
+    load = lambda: outputs.append(traffic.send(prompt, max_tokens=110))  # noqa: E731
+    plain = stage_means(traffic, load)
+    plant.touch()
+    try:
+        slow = stage_means(traffic, load)
+    finally:
+        plant.unlink()
+    change = {key: 1000 * (slow[key] - plain[key]) for key in slow}
+    planted = change.pop((str(SLOW_LAYER), "experts"))
+    assert planted == pytest.approx(SLOW_MS, abs=1.5)
+    assert change.pop((str(SLOW_LAYER), "layer")) == pytest.approx(planted, abs=1)
+    assert max(change.values()) < SLOW_MS / 3, change
+    assert outputs[0] == outputs[1]
+
+
+def test_a_failing_clock_switches_timing_off_and_nothing_else(traffic: Traffic) -> None:
+    prompt = traffic.prompt(12)
+    before = traffic.send(prompt, max_tokens=60)
+    plant = traffic.schedule.parent / "latency"
+    plant.touch()
+    assert traffic.send(prompt, max_tokens=60) == before
+    samples = eventually(
+        lambda: (s := traffic.server.metrics()) and select(s, "moe_monitor_errors_total", where="latency") and s, 3
+    )
+    assert only(samples, "moe_monitor_active") == 1
+    counted = only(samples, "moe_routed_tokens_total", layer="0")
+    plant.unlink()
+    assert traffic.send(prompt, max_tokens=60) == before
+    computed = sum(n for step in traffic.settled()["steps"] for _, _, n in step)
+    assert computed > counted
+    assert eventually(lambda: only(traffic.server.metrics(), "moe_routed_tokens_total", layer="0") == computed, 3)
+    assert traffic.server.log.count("times no layers any more") == 1
 
 
 def test_a_failing_scrape_costs_vllms_metrics_nothing(traffic: Traffic, tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soak
 from oracle import Oracle, entropy_ratio
-from otlp import Receiver
+from otlp import HttpReceiver, Receiver
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
-from serving import eventually, only, select, serving
+from serving import environment, eventually, only, select, serving
 from test_vllm_exact import BATCH, Traffic, matrix
 
 from moe_monitor.export.collector import MoeCollector
@@ -242,6 +243,9 @@ def test_the_exporter_and_the_terminal_tell_of_requests(traced: Traced) -> None:
             families = {f.name: f for f in parse_openmetrics(answer.read().decode())}
     finally:
         exporter.stop()
+    # vLLM's own endpoint has exemplars if it ever answers in the format that has a place for them
+    body, headers = traced.server.get("/metrics", {"accept": "application/openmetrics-text"})
+    assert ("openmetrics" in headers["content-type"]) == (b"trace_id=" in body)
     assert [r["id"].rsplit("-", 1)[0] for r in told[:1]] == ["cmpl-bad-0"], "newest first"
     assert len(told) == 3
     known = {span.trace_id.hex() for _, span, _ in traced.receiver.named("moe.routing")}
@@ -255,21 +259,76 @@ def test_the_exporter_and_the_terminal_tell_of_requests(traced: Traced) -> None:
     assert (shown["prefill_tokens"], shown["decode_tokens"], len(shown["layers"])) == (9, 4, 4)
 
 
-def test_without_a_receiver_serving_and_metrics_go_on(traced: Traced) -> None:
-    """Last in this file: it takes the receiver away."""
-    traced.receiver.stop()
-    before = only(traced.server.metrics(), "moe_request_entropy_ratio_count")
-    for _ in range(5):
-        traced.send(traced.prompt(12), max_tokens=4)
-    samples = eventually(
-        lambda: (
-            (s := traced.server.metrics())
-            and only(s, "moe_request_entropy_ratio_count") == before + 5
-            and select(s, "moe_monitor_dropped_total", what="spans")
-            and s
-        ),
-        seconds=25,
-    )
-    assert only(samples, "moe_monitor_dropped_total", what="spans") >= 1
-    assert only(samples, "moe_monitor_active") == 1
+def test_speculative_tokens_are_the_requests_own(tiny_model: Path, tmp_path: Path) -> None:
+    """ngram drafts, accepted and rejected: every position that stayed is counted, and rejected drafts as computed."""
+    schedule = tmp_path / "schedule.jsonl"
+    variables = environment(tmp_path / "run", MOE_MONITOR_SAMPLE_RATIO="1", MOE_TEST_SCHEDULE=str(schedule))
+    variables["OMP_NUM_THREADS"] = "1"  # drafting on a CPU is slow where threads wait for each other
+    command = [sys.executable, str(Path(__file__).with_name("offline_speculative.py")), str(tiny_model)]
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    told = json.loads(run.stdout.splitlines()[-1])
+    assert (told["status"]["dropped"], told["status"]["errors"]) == ({}, {})
+    computed: dict[str, int] = {}
+    for step in (json.loads(line)["step"] for line in schedule.read_text().splitlines()):
+        for sequence, _, n in step:
+            name = sequence.rsplit("-", 1)[0]
+            computed[name] = computed.get(name, 0) + n
+    oracle = Oracle(tiny_model)
+    steps = rejected = 0
+    for name, (prompt, output) in told["sequences"].items():
+        counts = np.array(told["records"][name]["counts"])
+        kept = oracle.routing(prompt + output).ids[:-1]  # the last token is not computed
+        extra = counts.sum(1) - oracle.counts(kept)
+        assert extra.min() >= -oracle.ties, name
+        assert set(extra.sum(1)) == {8 * (computed[name] - len(kept))}, name
+        assert np.abs(counts[:, 0] - oracle.counts(kept[: len(prompt)])).sum() <= 2 * oracle.ties, name
+        rejected += computed[name] - len(kept)
+        steps += sum(1 for line in schedule.read_text().splitlines() if f'"{name}-' in line)
+    assert rejected > 0, "no draft was rejected"
+    assert steps < sum(len(output) for _, output in told["sequences"].values()), "no draft was accepted"
+    assert np.array_equal(sum(np.array(r["counts"]).sum(1) for r in told["records"].values()), told["counts"])
+
+
+def test_spans_go_over_http_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the exporter that vLLM makes for OTEL_EXPORTER_OTLP_TRACES_PROTOCOL, to a real receiver."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from test_requests import Worker, tally
+    from vllm.tracing.otel import get_span_exporter
+
+    from moe_monitor.export.requests import summarise
+    from moe_monitor.export.spans import Emitter, Noticing
+
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+    receiver = HttpReceiver()
+    with Worker(tmp_path / "run") as worker:
+        worker.writer.write([tally("a", tokens=20)])
+        reader = RecordReader(tmp_path / "run")
+        (record,) = reader.poll()
+        reader.close()
+    parents: list[Any] = []
+    provider = TracerProvider(shutdown_on_exit=False)
+    noticing = Noticing(lambda _, parent: parents.append(parent))
+    provider.add_span_processor(noticing)
+    emitter = Emitter(get_span_exporter(f"http://127.0.0.1:{receiver.port}/v1/traces"), provider)
+    noticing.request = "a"
+    provider.get_tracer("vllm").start_span("llm_request").end()
+    emitter.emit(parents[0], summarise(record))
+    ((_, span, found),) = eventually(lambda: receiver.named("moe.routing"), 5)
+    assert int.from_bytes(span.parent_span_id, "big") == parents[0].context.span_id
+    assert found["moe.tokens.prefill"] == 20
+    assert emitter.dropped == 0
+    emitter.close()
+    receiver.stop()
+
+
+def test_a_bad_collector_costs_spans_and_nothing_else(traced: Traced) -> None:
+    """Refusing, gone and back again: serving and metrics go on, and every request's span arrives or is counted as lost.
+
+    Last in this file: it takes the receiver away for a while. The long version is test_vllm_tracing_long.py.
+    """
+    requests = 60
+    report = soak.run(traced.server, traced.receiver, requests, moods=("refusing", "gone", "kind"), least_s=1.5)
+    soak.check(report, requests)
+    assert report.lost["spans"] >= 20, "what was refused is not counted"
     assert "moe-monitor traces no requests any more" not in traced.server.log

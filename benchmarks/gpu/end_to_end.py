@@ -1,124 +1,276 @@
-"""End to end: ``vllm bench serve`` against servers with and without the monitor, paired and alternating.
+"""End to end on one GPU: ``vllm bench serve`` against servers with and without the monitor, paired and rotating.
 
-end_to_end.py [--rounds 2] [--gpus 0,1]
-One server with and one without the monitor on each GPU. With two GPUs a round measures "with" on one while "without"
-runs on the other, then the other way round, so that differences between the GPUs cancel. With one GPU (``--gpus 0``)
-the two run one after the other and take turns in being the first. Prints a line per concurrency.
+end_to_end.py [--arms off,on,all,vllm] [--concurrency 1,32,128] [--rounds 6] [--deadline-s 570]
+end_to_end.py --startup-pairs 4     seconds from the start to /health, off and on in turn, over one warm compile cache
+
+Arms: off (MOE_MONITOR_ENABLED=0), on (defaults: 10 % of requests traced), all (every request traced), vllm (no monitor,
+vLLM's own --enable-return-routed-experts), off2 (a second server like "off": how far two equal servers differ), traced
+(the server of "on", with requests that ask to be traced).
+All servers of a run are up at once; a round measures every arm once at every concurrency, and the arm that begins
+rotates. The load comes from ``vllm bench serve``'s own code in this process, since importing it takes seconds.
+Prints a JSON line per measurement (RUN) and one per concurrency and arm (E2E) with medians, range and the ratios to
+"off" of the same round; what there is by the deadline is printed, and the servers are stopped in any case.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import models
+from servers import Server, end_on_sigterm, stop_all, total
 
-METRICS = ("median_itl_ms", "median_ttft_ms", "output_throughput")
-#: concurrency -> number of prompts
-LOADS = {1: 12, 32: 256, 128: 640}
+ARMS: dict[str, tuple[dict[str, str], list[str]]] = {
+    "off": ({"MOE_MONITOR_ENABLED": "0"}, []),
+    "off2": ({"MOE_MONITOR_ENABLED": "0"}, []),
+    "on": ({}, []),
+    "all": ({"MOE_MONITOR_SAMPLE_RATIO": "1"}, []),
+    "vllm": ({"MOE_MONITOR_ENABLED": "0"}, ["--enable-return-routed-experts"]),
+}
+#: Arms that use another arm's server, and what their requests ask for.
+SHARED = {"traced": ("on", {"vllm_xargs": {"moe_trace": 1}})}
+METRICS = ("median_itl_ms", "median_tpot_ms", "median_ttft_ms", "output_throughput")
+PROMPTS = "1:16,32:256,128:640"
 
 
-def start(folder: Path, port: int, gpu: str, on: bool, scratch: Path) -> subprocess.Popen:
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "MOE_MONITOR_ENABLED": str(int(on))}
-    env |= {"MOE_MONITOR_DIR": str(scratch / "run")}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
-    command += ["--load-format", "dummy", "--served-model-name", "m", "--gpu-memory-utilization", "0.35"]
-    command += ["--max-model-len", "2048", "--no-enable-prefix-caching"]
-    with (scratch / f"{port}.log").open("w") as log:
-        return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", default="off,on,all,vllm")
+    parser.add_argument("--concurrency", default="1,32,128")
+    parser.add_argument("--prompts", default=PROMPTS, help="CONCURRENCY:REQUESTS of one measurement")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--deadline-s", type=float, default=570, help="of the whole script, from its start")
+    parser.add_argument("--startup-pairs", type=int, default=0)
+    parser.add_argument("--gpu", default="0")
+    parser.add_argument("--family", default="olmoe")
+    parser.add_argument("--input-len", type=int, default=64)
+    parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--kv-bytes", type=int, default=3_500_000_000, help="KV cache of each server, the same for all")
+    parser.add_argument("--memory", default="0.2", help="--gpu-memory-utilization: what must be free at the start")
+    parser.add_argument("--max-num-seqs", type=int, default=128)
+    parser.add_argument("--port", type=int, default=8200)
+    parser.add_argument("--ready-file", type=Path, help="made when all servers are ready")
+    parser.add_argument("--go-file", type=Path, help="measuring begins when this is there")
+    parser.add_argument("--server", action="append", default=[], help="one more argument for every server")
+    args = parser.parse_args(arguments)
+    args.arms = args.arms.split(",")
+    if unknown := set(args.arms) - set(ARMS) - set(SHARED):
+        parser.error(f"no such arms: {sorted(unknown)}; there are {', '.join([*ARMS, *SHARED])}")
+    if missing := {SHARED[arm][0] for arm in args.arms if arm in SHARED} - set(args.arms):
+        parser.error(f"these arms are needed too: {sorted(missing)}")
+    args.prompts = {int(c): int(n) for c, n in (pair.split(":") for pair in args.prompts.split(","))}
+    args.concurrency = [int(c) for c in args.concurrency.split(",")]
+    if missing := set(args.concurrency) - set(args.prompts):
+        parser.error(f"--prompts says nothing of concurrency {sorted(missing)}")
+    return args
 
 
-def bench(folder: Path, port: int, concurrency: int, scratch: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--model", "m"]
-    command += ["--tokenizer", str(folder), "--port", str(port), "--dataset-name", "random", "--ignore-eos"]
-    command += ["--random-input-len", "128", "--random-output-len", "128", "--num-prompts", str(LOADS[concurrency])]
-    command += ["--max-concurrency", str(concurrency), "--save-result", "--result-dir", str(scratch)]
-    command += ["--result-filename", f"{port}.json", "--seed", "1"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=(scratch / f"bench-{port}.log").open("w"))
+def say(tag: str, **values: Any) -> None:
+    print(f"{tag} {json.dumps(values)}", flush=True)
+
+
+def launch(args: argparse.Namespace, arm: str, port: int, folder: Path, scratch: Path) -> Server:
+    env, extra = ARMS[arm]
+    env = {"CUDA_VISIBLE_DEVICES": args.gpu, "MOE_MONITOR_DIR": str(scratch / "run"), **env}
+    options = ["--load-format", "dummy", "--max-model-len", "2048", "--no-enable-prefix-caching"]
+    options += ["--gpu-memory-utilization", args.memory, "--kv-cache-memory-bytes", str(args.kv_bytes)]
+    options += ["--max-num-seqs", str(args.max_num_seqs), "--max-num-batched-tokens", "2048", *extra, *args.server]
+    return Server(folder, port, scratch / f"{arm}-{port}.log", options, env)
+
+
+class Client:
+    """``vllm bench serve`` without the start of an interpreter for each measurement."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        from vllm.benchmarks import serve
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        self._main = serve.main_async
+        self._parser = FlexibleArgumentParser()
+        serve.add_cli_args(self._parser)
+        self._lengths = ["--random-input-len", str(args.input_len), "--random-output-len", str(args.output_len)]
+        self._folder = folder
+
+    def run(self, port: int, concurrency: int, prompts: int, seed: int, body: dict[str, Any]) -> dict[str, Any]:
+        options = ["--model", "m", "--tokenizer", str(self._folder), "--port", str(port), "--dataset-name", "random"]
+        options += ["--host", "127.0.0.1", *self._lengths, "--num-prompts", str(prompts), "--temperature", "0"]
+        options += ["--max-concurrency", str(concurrency), "--seed", str(seed), "--disable-tqdm", "--ignore-eos"]
+        if body:
+            options += ["--extra-body", json.dumps(body)]
+        options += ["--ready-check-timeout-sec", "0", "--save-detailed"]  # keeps the errors in the result
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            result = asyncio.run(self._main(self._parser.parse_args(options)))
+        if result["completed"] != prompts:
+            first = next((error for error in result["errors"] if error), "")
+            raise RuntimeError(f"{result['completed']} of {prompts} requests succeeded on port {port}: {first[-1500:]}")
+        return result
+
+
+class Results:
+    """Measurements by concurrency, round and arm."""
+
+    def __init__(self, arms: list[str]) -> None:
+        self.arms = arms
+        self._found: dict[int, dict[int, dict[str, dict[str, float]]]] = {}
+
+    def add(self, concurrency: int, turn: int, arm: str, values: dict[str, float]) -> None:
+        self._found.setdefault(concurrency, {}).setdefault(turn, {})[arm] = values
+
+    def lines(self) -> list[dict[str, Any]]:
+        """A row per concurrency and arm. Ratios pair an arm with "off" of the same round."""
+        rows = []
+        for concurrency, turns in self._found.items():
+            for arm in self.arms:
+                mine = [found[arm] for found in turns.values() if arm in found]
+                if not mine:
+                    continue
+                row: dict[str, Any] = {"concurrency": concurrency, "arm": arm, "runs": len(mine)}
+                for metric in METRICS:
+                    values = [values[metric] for values in mine]
+                    row[metric] = {"median": round(statistics.median(values), 3)}
+                    row[metric]["range"] = [round(min(values), 3), round(max(values), 3)]
+                    pairs = [
+                        found[arm][metric] / found["off"][metric]
+                        for found in turns.values()
+                        if {arm, "off"} <= set(found)
+                    ]
+                    if arm != "off" and pairs:
+                        row[metric]["ratio"] = round(statistics.median(pairs), 4)
+                        row[metric]["ratio_mean"] = round(statistics.geometric_mean(pairs), 4)
+                        row[metric]["ratio_range"] = [round(min(pairs), 4), round(max(pairs), 4)]
+                host = [values["host_us_per_step"] for values in mine if values["host_us_per_step"] is not None]
+                if host:
+                    row["host_us_per_step"] = round(statistics.median(host), 1)
+                rows.append(row)
+        return rows
+
+
+def hooks(server: Server) -> tuple[float, float]:
+    """(seconds in the monitor's hooks, passes) since the start; NaN without the monitor."""
+    samples = server.metrics()
+    return total(samples, "moe_monitor_hook_seconds_total"), total(samples, "moe_forward_passes_total")
+
+
+def compare(args: argparse.Namespace, folder: Path, scratch: Path, began: float) -> None:
+    servers: dict[str, Server] = {}
+    left = lambda: args.deadline_s - (time.monotonic() - began)  # noqa: E731
+    results = Results(args.arms)
+    own = [arm for arm in args.arms if arm not in SHARED]
+    try:
+        for i, arm in enumerate(own):
+            servers[arm] = launch(args, arm, args.port + i, folder, scratch)
+            if i == 0:  # the first fills the compile cache
+                client = Client(args, folder)  # imports while the server starts
+                servers[arm].wait_ready(min(300, left()))
+                say("READY", arm=arm, seconds=round(servers[arm].ready_s, 1), cache="as found")
+        for arm in own[1:]:
+            servers[arm].wait_ready(min(300, left()))
+            say("READY", arm=arm, seconds=round(servers[arm].ready_s, 1), cache="warm", beside=len(own) - 2)
+        for arm in args.arms:
+            if arm in SHARED:
+                servers[arm] = servers[SHARED[arm][0]]
+        if args.ready_file:
+            args.ready_file.touch()
+        while args.go_file and not args.go_file.exists() and left() > 20:
+            time.sleep(0.2)
+        longest = dict.fromkeys(args.concurrency, 0.0)
+        for turn in range(args.rounds + 1):  # turn 0 warms up
+            for concurrency in args.concurrency:
+                order = args.arms[turn % len(args.arms) :] + args.arms[: turn % len(args.arms)]
+                if left() < 15 + len(order) * longest[concurrency]:
+                    say("DEADLINE", rounds_done=turn - 1, before_concurrency=concurrency)
+                    return
+                for arm in order:
+                    start = time.monotonic()
+                    before = hooks(servers[arm])
+                    prompts = args.prompts[concurrency]
+                    if turn == 0:
+                        prompts = max(concurrency, prompts // 4)
+                    body = SHARED.get(arm, ("", {}))[1]
+                    values = client.run(servers[arm].port, concurrency, prompts, turn, body)
+                    time.sleep(0.6)  # the counters are published twice a second
+                    after = hooks(servers[arm])
+                    steps = after[1] - before[1]
+                    host = 1e6 * (after[0] - before[0]) / steps if steps > 0 else None
+                    if turn == 0:
+                        continue
+                    longest[concurrency] = max(longest[concurrency], time.monotonic() - start)
+                    kept = {metric: values[metric] for metric in METRICS} | {"host_us_per_step": host}
+                    results.add(concurrency, turn, arm, kept)
+                    shown = {k: None if v is None else round(v, 3) for k, v in kept.items()}
+                    say(
+                        "RUN",
+                        round=turn,
+                        concurrency=concurrency,
+                        arm=arm,
+                        **shown,
+                        s=round(time.monotonic() - start, 1),
+                    )
+    finally:
+        for row in results.lines():
+            say("E2E", **row)
+        with contextlib.suppress(Exception):
+            for arm in args.arms:
+                samples = servers[arm].metrics()
+                names = ("moe_monitor_active", "moe_monitor_sampled_requests_total", "moe_monitor_dropped_total")
+                seen = {name: total(samples, name) for name in names}
+                info = [labels.get("capture") for name, labels, _ in samples if name == "moe_monitor_info"]
+                say("STATE", arm=arm, capture=info, **{k: None if v != v else v for k, v in seen.items()})
+        stop_all(list(dict.fromkeys(servers.values())))
+
+
+def startup(args: argparse.Namespace, folder: Path, scratch: Path, began: float) -> None:
+    """Start-up times, one server at a time; the first start of all fills the caches and is not counted."""
+    seconds: dict[str, list[float]] = {"off": [], "on": []}
+    slowest = 0.0
+    try:
+        for turn in range(2 * args.startup_pairs + 2):
+            pair = ("off", "on") if (turn // 2) % 2 else ("on", "off")
+            arm = pair[turn % 2]
+            if turn > 1 and time.monotonic() - began + slowest + 20 > args.deadline_s:
+                say("DEADLINE", starts_done=turn)
+                break
+            server = launch(args, arm, args.port + turn, folder, scratch)
+            try:
+                ready = server.wait_ready(min(300, args.deadline_s - (time.monotonic() - began)))
+            finally:
+                server.stop()
+            say("START", turn=turn, arm=arm, seconds=round(ready, 2), counted=turn > 1)
+            if turn > 1:
+                seconds[arm].append(ready)
+                slowest = max(slowest, time.monotonic() - server.started)
+    finally:
+        pairs = list(zip(seconds["on"], seconds["off"], strict=False))
+        if pairs:
+            medians = {f"{arm}_median_s": round(statistics.median(found), 2) for arm, found in seconds.items()}
+            ranges = {f"{arm}_range_s": [round(min(found), 2), round(max(found), 2)] for arm, found in seconds.items()}
+            more = round(statistics.median(a - b for a, b in pairs), 2)
+            say("STARTUP", pairs=len(pairs), **medians, **ranges, on_minus_off_median_s=more)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--gpus", default="0,1")
-    args = parser.parse_args()
-    gpus = args.gpus.split(",")
-    scratch = Path(tempfile.mkdtemp())
-    folder = models.write(scratch / "olmoe")
-    servers = {}
-    for i, gpu in enumerate(gpus):
-        for on in (True, False):
-            port = 8200 + 10 * i + on
-            servers[i, on] = (port, start(folder, port, gpu, on, scratch))
-        time.sleep(25)  # the first pair fills the compile cache and takes its memory before the next looks
-    try:
-        began = time.time()
-        for port, process in servers.values():
-            while True:
-                if process.poll() is not None or time.time() - began > 240:
-                    print((scratch / f"{port}.log").read_text()[-2500:])
-                    raise SystemExit("a server did not start")
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                    break
-                except OSError:
-                    time.sleep(0.5)
-        print(f"READY {time.time() - began:.0f} s after the last start", flush=True)
-        for concurrency in LOADS:
-            results = {True: {m: [] for m in METRICS}, False: {m: [] for m in METRICS}}
-            for turn in range(2 * args.rounds + 1):
-                on_gpu = turn % len(gpus)
-                off_gpu = (turn + 1) % len(gpus)
-                pair = [(on_gpu, True), (off_gpu, False)]
-                runs = []
-                for g, on in pair if turn % 2 else reversed(pair):
-                    runs.append(bench(folder, servers[g, on][0], concurrency, scratch))
-                    if len(gpus) == 1:
-                        runs[-1].wait()
-                for process in runs:
-                    process.wait()
-                if turn == 0:
-                    continue  # warm-up
-                for on, g in ((True, on_gpu), (False, off_gpu)):
-                    data = json.loads((scratch / f"{servers[g, on][0]}.json").read_text())
-                    for m in METRICS:
-                        results[on][m].append(data[m])
-            line = {"concurrency": concurrency, "pairs": 2 * args.rounds}
-            for m in METRICS:
-                on, off = results[True][m], results[False][m]
-                line[m] = {
-                    "on": round(statistics.median(on), 3),
-                    "off": round(statistics.median(off), 3),
-                    "ratio": round(statistics.geometric_mean([a / b for a, b in zip(on, off, strict=True)]), 4),
-                    "all_on": [round(x, 3) for x in on],
-                    "all_off": [round(x, 3) for x in off],
-                }
-            print("E2E " + json.dumps(line), flush=True)
-        text = urllib.request.urlopen(f"http://127.0.0.1:{servers[0, True][0]}/metrics").read().decode()
-        wanted = (
-            "moe_monitor_active",
-            "moe_routed_tokens_total",
-            "moe_monitor_hook",
-            "moe_forward_passes",
-            "moe_monitor_info",
-        )
-        print("\n".join(line for line in text.splitlines() if line.startswith(wanted))[:1200])
-    finally:
-        for _, process in servers.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    began = time.monotonic()
+    end_on_sigterm()
+    args = parse()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        scratch = Path(name)
+        folder = models.write(scratch / args.family, args.family)
+        try:
+            (startup if args.startup_pairs else compare)(args, folder, scratch, began)
+        except RuntimeError as error:
+            say("FAILED", error=str(error)[-3500:])
+            raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 exact.py [--family olmoe] [--rounds N] [--replay] [--prefill] [--off]
 Environment: VLLM_USE_V2_MODEL_RUNNER, MOE_MONITOR_CAPTURE. Prints one JSON line. ``--replay``: also GPU time of graph
-replays with and without the monitor's kernel, in the same process.
+replays with and without the monitor's kernel, in the same process, with no, some and all rows traced. ``--prefill``:
+GPU time of a pass of max_num_batched_tokens tokens (``--option max_num_batched_tokens=8192``), likewise.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -32,8 +34,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--replay", action="store_true")
     parser.add_argument("--prefill", action="store_true")
     parser.add_argument("--no-shadow", action="store_true")
+    parser.add_argument("--replay-rounds", type=int, default=11)
+    parser.add_argument("--prefill-rounds", type=int, default=14)
+    parser.add_argument("--sizes", default="1,2,4,8,16,32,64,128,256")
     parser.add_argument("--long", action="store_true", help="long prompts only: many tokens in little time")
     parser.add_argument("--off", action="store_true", help="without the monitor: plain replay times")
+    parser.add_argument("--limit-s", type=int, default=570, help="ends the process, whatever it does")
     parser.add_argument("--option", action="append", default=[], help="name=json value for LLM(...)")
     return parser.parse_args()
 
@@ -46,7 +52,7 @@ def routers_that_choose(model) -> None:
     for name, parameter in model.named_parameters():
         if "norm" in name and parameter.ndim == 1:
             parameter.data.fill_(1)
-        elif name.endswith(("gate.weight", "router.weight")):
+        elif name.endswith(("gate.weight", "router.weight")) and parameter.ndim == 2:  # CPUs pack it
             parameter.data.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
         elif name.endswith("embed_tokens.weight"):
             parameter.data.normal_(0, 1)
@@ -54,6 +60,9 @@ def routers_that_choose(model) -> None:
 
 def main() -> None:
     args = parse()
+    sizes = [int(n) for n in args.sizes.split(",")]
+    signal.signal(signal.SIGALRM, lambda *_: print("LIMIT reached, nothing more to come", flush=True) or os._exit(2))
+    signal.alarm(args.limit_s)
     start = time.time()
     if not args.no_shadow:
         shadow.install("sigmoid" if args.family == "deepseek" else "softmax")
@@ -106,7 +115,7 @@ def main() -> None:
     if args.off:
         import timing
 
-        for line in timing.replays(runner, None):
+        for line in timing.replays(runner, None, args.replay_rounds, sizes=sizes):
             print("REPLAY " + json.dumps(line), flush=True)
         os._exit(0)
     reading = capture.read()
@@ -137,12 +146,16 @@ def main() -> None:
     if args.replay:
         import timing
 
-        for line in timing.replays(runner, capture):
+        lines = []
+        for line in timing.replays(runner, capture, args.replay_rounds, sizes=sizes):
+            lines.append(line)
             print("REPLAY " + json.dumps(line), flush=True)
+        print("REPLAY_MEANS " + json.dumps(timing.geometric_means(lines)), flush=True)
     if args.prefill:
         import timing
 
-        print("PREFILL " + json.dumps(timing.prefill(llm, runner, capture, vocabulary)), flush=True)
+        for line in timing.prefill(llm, runner, capture, vocabulary, args.prefill_rounds):
+            print("PREFILL " + json.dumps(line), flush=True)
     capture.close()
     os._exit(0)
 

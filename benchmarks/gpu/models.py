@@ -31,9 +31,25 @@ _SMALL = {"hidden_act": "silu", "dtype": "bfloat16", "max_position_embeddings": 
 _SMALL |= {"num_hidden_layers": 4, "hidden_size": 512, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 _SMALL |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "rope_theta": 10000.0}
 
-#: Other families with their shapes reduced.
+#: OLMoE-1B-7B, and other families with their shapes reduced.
 FAMILIES = {
     "olmoe": OLMOE,
+    # small enough for a CPU: to try a script where no GPU is
+    "tiny": OLMOE
+    | {
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,  # vLLM's CPU attention needs heads of at least 32
+        "num_key_value_heads": 2,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "vocab_size": 4096,
+        "dtype": "float32",
+        "eos_token_id": 0,
+    },
+    # 16 layers of 128 experts, as deep as OLMoE and twice as wide in experts
+    "wide": OLMOE | {"num_experts": 128, "intermediate_size": 512},
     "mixtral": _SMALL
     | {
         "architectures": ["MixtralForCausalLM"],

@@ -8,27 +8,32 @@ by the torch reference. Slow, but it shares neither retention nor tables, valid-
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 ROWS: dict[int, torch.Tensor] = {}
 _buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 _order: list[int] = []
+_routers: list[Any] = []
 _maximum = int(os.environ.get("SHADOW_ROWS", "16384"))
 _scoring = "softmax"
+_patched = False
 TOKENS = 0
 
 
 def _copy(router: object, logits: torch.Tensor, ids: torch.Tensor) -> None:
     key = id(router)
     if key not in _buffers:
-        if torch.cuda.is_current_stream_capturing():
+        if logits.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("first seen under capture")
         _buffers[key] = (
             torch.zeros((_maximum, logits.shape[1]), dtype=logits.dtype, device=logits.device),
             torch.full((_maximum, ids.shape[1]), -1, dtype=torch.int64, device=ids.device),
         )
         _order.append(key)
+        _routers.append(router)
     n = logits.shape[0]
     _buffers[key][0][:n].copy_(logits)
     _buffers[key][1][:n].copy_(ids)
@@ -47,29 +52,41 @@ def _after_step(start: int, n: int) -> None:
         ROWS[position] = ROWS[position] + rows if position in ROWS else rows
 
 
-def install(scoring: str = "softmax") -> None:
-    """Patch vLLM's routers and model runners; before the model is loaded."""
+def chosen(n: int) -> list[Any]:
+    """What each layer's router chose for the first ``n`` rows of the last step: arrays [n, k] on the host."""
+    return [_buffers[key][1][:n].cpu().numpy() for key in _order]
+
+
+def routers() -> list[Any]:
+    """The routers whose decisions were copied, in the order of the layers."""
+    return list(_routers)
+
+
+def nothing(runner: Any, scheduled: Any) -> None:
+    """After a step: nothing more to do."""
+
+
+def install(scoring: str = "softmax", after: Callable[[Any, Any], None] = nothing) -> None:
+    """Patch vLLM's routers and model runners; before the model is loaded. ``after`` see :func:`patch_runner`."""
     from vllm.v1.worker.gpu import model_runner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     patch_routers(scoring)
-    patch_runner(GPUModelRunner, positional_dummy=False)
-    patch_runner(model_runner.GPUModelRunner, positional_dummy=True)
+    patch_runner(GPUModelRunner, positional_dummy=False, after=after)
+    patch_runner(model_runner.GPUModelRunner, positional_dummy=True, after=after)
 
 
 def patch_routers(scoring: str = "softmax") -> None:
-    global _scoring
+    global _scoring, _patched
     _scoring = scoring
-    from vllm.model_executor.layers.fused_moe.router import (
-        base_router,
-        custom_routing_router,
-        fused_topk_bias_router,
-        fused_topk_router,
-        grouped_topk_router,
-        routing_simulator_router,
-    )
+    if _patched:
+        return
+    _patched = True
+    from vllm.model_executor.layers.fused_moe.router import base_router, router_factory
 
-    def patch_router(cls):
+    assert router_factory  # imports every kind of router there is
+
+    def patch_router(cls: type) -> None:
         original = cls._compute_routing
 
         def compute(self, hidden_states, router_logits, *args, **kwargs):
@@ -79,25 +96,29 @@ def patch_routers(scoring: str = "softmax") -> None:
 
         cls._compute_routing = compute
 
-    modules = (custom_routing_router, fused_topk_bias_router, fused_topk_router, grouped_topk_router)
-    for module in (*modules, routing_simulator_router):
-        for value in list(vars(module).values()):
-            router = isinstance(value, type) and issubclass(value, base_router.BaseRouter)
-            if router and value.__module__ == module.__name__ and "_compute_routing" in vars(value):
-                patch_router(value)
+    waiting = base_router.BaseRouter.__subclasses__()
+    while waiting:
+        cls = waiting.pop()
+        waiting += cls.__subclasses__()
+        if "_compute_routing" in vars(cls):
+            patch_router(cls)
 
 
-def patch_runner(cls, positional_dummy: bool, after=lambda: None) -> None:
-    """``positional_dummy``: execute_model's third argument says that the pass is a dummy (V2)."""
+def patch_runner(cls, positional_dummy: bool, after: Callable[[Any, Any], None] = nothing) -> None:
+    """``positional_dummy``: execute_model's third argument says that the pass is a dummy (V2). ``after`` is called with
+    the runner and the scheduler's output when a real step has been counted.
+    """
     original = cls.execute_model
 
     def execute(self, scheduler_output, *args, **kwargs):
         real = not (kwargs.get("dummy_run", False) or (positional_dummy and len(args) > 1 and args[1]))
         result = original(self, scheduler_output, *args, **kwargs)
         n = scheduler_output.total_num_scheduled_tokens
+        # the V2 runner tries itself out with requests of its own
+        real = real and not all(name.startswith("_warmup_") for name in scheduler_output.num_scheduled_tokens)
         if real and n and not getattr(self, "shadow_off", False):
             _after_step(0, n)
-            after()
+            after(self, scheduler_output)
         return result
 
     cls.execute_model = execute

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
 
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-def _gpu_ms(work, repeat: int) -> float:
+
+def _gpu_ms(work: Callable[[], None], repeat: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(repeat):
@@ -30,84 +37,240 @@ def _graphs(runner):
         yield descriptor.num_tokens, ("FULL", descriptor), entry.cudagraph.replay
 
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+class Decode:
+    """Decode steps as the model runner makes them, over a batch of requests that the tracer really knows.
 
-
-def replays(runner, capture, rounds: int = 11, repeat: int = 25):
-    """One line per batch size: milliseconds per step without and with, and the median of paired ratios.
-
-    Without a ``capture`` only the plain times.
+    The scheduler's output and the batch are made here; hooks, tracer, attribution, upload and kernels are real.
+    ``wanted``: requests that asked to be traced; those after them asked not to be.
     """
-    meter = capture.meter if capture is not None else None
+
+    _serial = 0
+
+    def __init__(self, capture, tokens: int, key, replay: Callable[[], None], wanted: int) -> None:
+        self._capture, self._key, self._replay, self._tokens = capture, key, replay, tokens
+        Decode._serial += 1
+        self._ids = [f"bench{Decode._serial}-{i}" for i in range(tokens)]
+        self._scheduled = dict.fromkeys(self._ids, 1)
+        self._none: dict[str, Any] = {"preempted_req_ids": None, "finished_req_ids": set(), "scheduled_new_reqs": []}
+        self.batch = SimpleNamespace(
+            req_ids=self._ids,
+            num_tokens=tokens,
+            num_computed_tokens_cpu=np.full(tokens, 100, dtype=np.int32),
+        )
+        new = []
+        for i, name in enumerate(self._ids):
+            params = SimpleNamespace(extra_args={"moe_trace": int(i < wanted)})
+            new.append(
+                SimpleNamespace(
+                    req_id=name,
+                    sampling_params=params,
+                    prompt_token_ids=[1] * 100,
+                    num_computed_tokens=0,
+                    prompt_embeds=None,
+                )
+            )
+        if capture.tracer is not None:
+            self._begin_step(scheduled_new_reqs=new)
+        self.live = 0 if capture.tracer is None else capture.tracer.in_flight
+
+    def _begin_step(self, **changes: Any) -> None:
+        scheduled = {**self._none, **changes}
+        self._capture.begin_step(
+            SimpleNamespace(num_scheduled_tokens=self._scheduled, total_num_scheduled_tokens=self._tokens, **scheduled)
+        )
+
+    def hooks(self, replay: Callable[[], None] | None) -> None:
+        capture, tokens = self._capture, self._tokens
+        self._begin_step()
+        capture.begin_pass(tokens)
+        capture.trace_rows(self.batch, self._scheduled, "num_computed_tokens_cpu", tokens)
+        if replay is not None:
+            replay()
+        capture.replayed = self._key
+        capture.end_pass(tokens)
+
+    def step(self) -> None:
+        self.hooks(self._replay)
+
+    def host_us(self, steps: int = 200) -> float:
+        """Host time of all hooks of a step, the graph left out."""
+        for _ in range(5):
+            self.hooks(None)
+        torch.cuda.synchronize()
+        before = time.perf_counter()
+        for _ in range(steps):
+            self.hooks(None)
+        took = (time.perf_counter() - before) / steps
+        torch.cuda.synchronize()
+        return 1e6 * took
+
+    def finish(self, seconds: float = 5.0) -> None:
+        """Let the tracer end the requests and the publisher take them, so that their slots are free again."""
+        tracer = self._capture.tracer
+        if tracer is None:
+            return
+        self._begin_step(finished_req_ids=set(self._ids))
+        end = time.monotonic() + seconds
+        while tracer.pending and time.monotonic() < end:
+            time.sleep(0.02)
+        time.sleep(0.05)
+
+
+def replays(runner, capture, rounds: int = 11, repeat: int = 25, sizes=SIZES) -> Iterator[dict[str, Any]]:
+    """Lines per batch size: milliseconds per step without and with the monitor, and the median of paired ratios.
+
+    With a ``capture`` three lines each: no row traced, a tenth of them (at least one), all of them; plain replays take
+    turns with monitored ones. Without a ``capture`` only the plain times.
+    """
     for tokens, key, replay in sorted(_graphs(runner), key=lambda g: g[0]):
-        if tokens not in SIZES:
+        if tokens not in sizes:
             continue
         if capture is None:
             _gpu_ms(replay, repeat)
             plain = statistics.median(_gpu_ms(replay, repeat) for _ in range(rounds))
             yield {"batch": tokens, "plain_ms": round(plain, 4)}
             continue
+        modes = {"none": 0, "tenth": max(1, round(tokens / 10)), "all": tokens}
+        if capture.tracer is None:
+            modes = {"none": 0}
+        for mode, wanted in modes.items():
+            work = Decode(capture, tokens, key, replay, wanted)
+            for warm in (replay, work.step):
+                _gpu_ms(warm, repeat)
+            plain, monitored, ratios = [], [], []
+            for i in range(rounds):
+                order = (replay, work.step) if i % 2 else (work.step, replay)
+                times = [_gpu_ms(one, repeat) for one in order]
+                without, with_monitor = times if i % 2 else reversed(times)
+                plain.append(without)
+                monitored.append(with_monitor)
+                ratios.append(with_monitor / without)
+            host = work.host_us()
+            alone = _gpu_ms(lambda work=work: work.hooks(None), 200)
+            line = {
+                "batch": tokens,
+                "traced": mode,
+                "traced_rows": work.live,
+                "plain_ms": round(statistics.median(plain), 4),
+                "monitored_ms": round(statistics.median(monitored), 4),
+                "ratio": round(statistics.median(ratios), 4),
+                "ratio_spread": [round(min(ratios), 4), round(max(ratios), 4)],
+                "without_graph_us": round(1000 * alone, 1),  # the larger of host and device time of the hooks
+                "host_us": round(host, 1),
+                "active": capture.fuse.status.active,
+                "capture": capture.fuse.status.capture,
+            }
+            work.finish()
+            yield line
 
-        def with_monitor(key=key, tokens=tokens, replay=replay):
-            capture.begin_pass(tokens)
-            replay()
-            capture.replayed = key
-            capture.end_pass(tokens)
 
-        for work in (replay, with_monitor):
-            _gpu_ms(work, repeat)
-        plain, monitored, ratios = [], [], []
-        for i in range(rounds):
-            order = (replay, with_monitor) if i % 2 else (with_monitor, replay)
-            times = {work: _gpu_ms(work, repeat) for work in order}
-            plain.append(times[replay])
-            monitored.append(times[with_monitor])
-            ratios.append(times[with_monitor] / times[replay])
-        before = time.perf_counter()
-        for _ in range(200):
-            capture.begin_pass(tokens)
-            capture.replayed = key
-            capture.end_pass(tokens)
-        host = (time.perf_counter() - before) / 200
+def geometric_means(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over the batch sizes, by mode, with the largest ratio."""
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        if "ratio" in line:
+            found.setdefault(line["traced"], []).append(line["ratio"])
+    return {
+        mode: {"geometric_mean": round(statistics.geometric_mean(ratios), 4), "largest": max(ratios)}
+        for mode, ratios in found.items()
+    }
+
+
+class Passes:
+    """CUDA events around the forward pass and around what the monitor does after it, for passes of ``tokens`` tokens.
+
+    The monitor's launches before the end of the pass (where decisions pile up) are told apart by events of their own.
+    """
+
+    def __init__(self, capture, tokens: int) -> None:
+        self._capture, self._tokens = capture, tokens
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = []
+        self._start: torch.cuda.Event | None = None
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Passes]:
+        capture = self._capture
+        begin, end = capture.begin_pass, capture.end_pass
+
+        def begin_pass(tokens: int) -> None:
+            self._start = torch.cuda.Event(enable_timing=True)
+            self._start.record()
+            begin(tokens)
+
+        def end_pass(tokens: int) -> None:
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record()
+            end(tokens)
+            after.record()
+            if tokens == self._tokens and self._start is not None:
+                self.events.append((self._start, before, after))
+
+        capture.begin_pass, capture.end_pass = begin_pass, end_pass
+        try:
+            yield self
+        finally:
+            del capture.begin_pass, capture.end_pass  # the class's own again
+
+    def take(self) -> list[tuple[float, float]]:
+        """(milliseconds of the pass until the monitor's work at its end, milliseconds of that work), and forget."""
         torch.cuda.synchronize()
-        alone = _gpu_ms(lambda key=key, tokens=tokens: meter.end_pass(key, tokens), 200)
-        yield {
-            "batch": tokens,
-            "plain_ms": round(statistics.median(plain), 4),
-            "monitored_ms": round(statistics.median(monitored), 4),
-            "ratio": round(statistics.median(ratios), 4),
-            "ratio_spread": [round(min(ratios), 4), round(max(ratios), 4)],
-            "kernel_alone_us": round(1000 * alone, 1),
-            "host_us": round(1e6 * host, 1),
-            "active": capture.fuse.status.active,
-        }
+        found = [(a.elapsed_time(b), b.elapsed_time(c)) for a, b, c in self.events]
+        self.events.clear()
+        return found
 
 
-def prefill(llm, runner, capture, vocabulary: int, rounds: int = 14) -> dict:
-    """Prompts that fill one step (max_num_batched_tokens), one output token each; hooks in and out, alternating."""
+def prefill(llm, runner, capture, vocabulary: int, rounds: int = 14) -> Iterator[dict[str, Any]]:
+    """Prompts that fill one step (max_num_batched_tokens), one output token each: GPU time of the pass.
+
+    A line for untraced and one for traced requests. The monitor is switched off and on by turns (``ratio``: paired,
+    whole passes); ``work_us`` is the GPU time between the model's last kernel and the monitor's, measured in the same
+    pass, and ``ratio_of_work`` what it adds to the pass.
+    """
     from vllm import SamplingParams
 
     draw = random.Random(1)
-    length = min(runner.max_num_tokens, runner.max_model_len - 1)
-    count = runner.max_num_tokens // length
-    parameters = SamplingParams(max_tokens=1, temperature=0)
-    times = {True: [], False: []}
-    for i in range(rounds + 2):
-        for on in (True, False) if i % 2 else (False, True):
-            prompts = [{"prompt_token_ids": [draw.randrange(vocabulary) for _ in range(length)]} for _ in range(count)]
-            torch.cuda.synchronize()
-            capture.fuse.blown = not on
-            begin = time.perf_counter()
-            llm.generate(prompts, parameters, use_tqdm=False)
-            torch.cuda.synchronize()
-            if i >= 2:
-                times[on].append(time.perf_counter() - begin)
-    capture.fuse.blown = False
-    ratios = [a / b for a, b in zip(times[True], times[False], strict=True)]
-    return {
-        "tokens": length * count,
-        "plain_ms": round(1000 * statistics.median(times[False]), 3),
-        "monitored_ms": round(1000 * statistics.median(times[True]), 3),
-        "ratio": round(statistics.median(ratios), 4),
-        "ratio_spread": [round(min(ratios), 4), round(max(ratios), 4)],
-    }
+    tokens = runner.max_num_tokens
+    count = -(-tokens // (runner.max_model_len - 1))
+    lengths = [tokens // count + (i < tokens % count) for i in range(count)]
+    for traced in (0, 1):
+        parameters = SamplingParams(max_tokens=1, temperature=0, extra_args={"moe_trace": traced})
+        times: dict[bool, list[float]] = {True: [], False: []}
+        work: list[float] = []
+        bare: list[float] = []
+        with Passes(capture, tokens).watched() as passes:
+            for i in range(rounds + 2):
+                for on in (True, False) if i % 2 else (False, True):
+                    prompts = [{"prompt_token_ids": [draw.randrange(vocabulary) for _ in range(n)]} for n in lengths]
+                    capture.fuse.blown = not on
+                    llm.generate(prompts, parameters, use_tqdm=False)
+                    for _ in range(3):  # a step without tokens tells the monitor which requests have ended
+                        llm.llm_engine.engine_core.get_output()
+                    found = passes.take()
+                    if i < 2 or len(found) != 1:
+                        continue  # warm-up, or the scheduler split the prompts differently
+                    ((before, after),) = found
+                    times[on].append(before + after)
+                    if on:
+                        work.append(after)
+                        bare.append(before)
+        capture.fuse.blown = False
+        ratios = [a / b for a, b in zip(times[True], times[False], strict=False)]
+        if not ratios:
+            yield {"tokens": tokens, "traced": bool(traced), "failed": "no pass had exactly so many tokens"}
+            continue
+        yield {
+            "tokens": tokens,
+            "prompts": count,
+            "traced": bool(traced),
+            "passes": len(ratios),
+            "plain_ms": round(statistics.median(times[False]), 3),
+            "plain_range_ms": [round(min(times[False]), 3), round(max(times[False]), 3)],
+            "monitored_ms": round(statistics.median(times[True]), 3),
+            "ratio": round(statistics.median(ratios), 4),
+            "ratio_spread": [round(min(ratios), 4), round(max(ratios), 4)],
+            "work_us": round(1000 * statistics.median(work), 1),
+            "work_range_us": [round(1000 * min(work), 1), round(1000 * max(work), 1)],
+            "ratio_of_work": round(1 + statistics.median(a / b for a, b in zip(work, bare, strict=True)), 4),
+            "active": capture.fuse.status.active,
+            "retained_mib": round(getattr(capture.meter, "retained_bytes", 0) / 2**20, 1),
+        }

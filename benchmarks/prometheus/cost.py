@@ -2,15 +2,17 @@
 
     python benchmarks/prometheus/cost.py [--only olmoe:20] [--minutes 5] [--out benchmarks/results/prometheus_cost.json]
 
-Each server shows what `moe-monitor export` would: whole matrix, baseline, request histograms. All servers of a run
-show the same numbers under their own addresses, which costs Prometheus as much as different ones. The shipped rules run
-as they are. Measured at the end: head series, memory, CPU, duration of each rule group, and each panel query
-over 240 points, as a three-hour view has.
+Each server shows what `moe-monitor export` would: whole matrix, baseline, request histograms, timed steps. All servers
+of a run show the same numbers under their own addresses, which costs Prometheus as much as different ones. The shipped
+rules run as they are. Measured at the end: head series, memory, CPU, duration of each rule group, and each panel query
+over 240 points, as a three-hour view has. The rule that compares layer times with their past reads six hours, which no
+run here lasts: it is timed on six and a half hours that are written beforehand (`past`).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import re
@@ -27,7 +29,7 @@ from pathlib import Path
 
 import yaml
 from fleet import LARGE, OLMOE, ROOT, Server, record_baseline, traffic
-from history import Requests, label_text
+from history import Prometheus, Requests, label_text
 
 from moe_monitor.export.exposition import Exposition
 
@@ -56,7 +58,8 @@ class Target(ThreadingHTTPServer):
 
     def step(self):
         self.fleet.step(self.now, INTERVAL)
-        self.requests.step(1.0)
+        self.requests.step(1.0, *self.fleet.timed.seconds.values())
+        self.fleet.status.sampled = self.requests.sampled
         text = self.exposition.render(self.fleet.metrics()).decode()
         traced = [f"{n}{label_text(labels)} {v:.9g}" for n, labels, v in self.requests.samples(self.identity)]
         self.body = (text + "\n".join(traced) + "\n").encode()
@@ -98,6 +101,7 @@ def measure(url, pid, minutes, targets):
     groups = {labels.rsplit(";", 1)[1].rstrip('"}'): round(v * 1000, 1) for labels, v in durations.items()}
     end = int(time.time())
     fill = {"job": "moe-monitor", "model": ".*", "instance": ".*", "engine": ".*", "layer": "7", "server": targets[0]}
+    fill["kind"] = "decode"
     costs = []
     for uid, panel in queries.panels():
         for target in panel.get("targets", []):
@@ -105,7 +109,7 @@ def measure(url, pid, minutes, targets):
             for name, value in fill.items():
                 expr = expr.replace(f"${name}", value)
             best = float("inf")
-            for _ in range(2):
+            for _ in range(5):
                 began = time.perf_counter()
                 if target.get("instant"):
                     get(url + "/api/v1/query", query=expr, time=end)
@@ -114,7 +118,7 @@ def measure(url, pid, minutes, targets):
                 best = min(best, time.perf_counter() - began)
             costs.append((round(best * 1000, 1), uid, panel["title"]))
     costs.sort(reverse=True)
-    recorded = json.loads(get(url + "/api/v1/query", query='count({__name__=~".+:.+"})'))["data"]["result"]
+    recorded = json.loads(get(url + "/api/v1/query", query='count({__name__=~".+:.+",__name__!~"vllm:.+"})'))["data"]["result"]
     return {
         "series_in_head": int(series),
         "series_recorded": int(float(recorded[0]["value"][1])),
@@ -167,14 +171,58 @@ def run(name, servers, minutes):
             target.shutdown()
 
 
+CLASSES = (16, 23, 32)  # batch sizes that an engine goes through in six hours
+
+
+def past(servers):
+    """Milliseconds of the rule over six hours: as many engines, two kinds of steps, three sizes of batches."""
+    (expr,) = [
+        r["expr"] for r in queries.rules() if r.get("record") == "engine_batch:moe_layer_duration_seconds:over_past"
+    ]
+    end = int(time.time()) // 30 * 30
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        with (folder / "past.om").open("w") as file:
+            for server, kind in itertools.product(range(servers), ("decode", "prefill")):
+                for i, batch in enumerate(CLASSES):
+                    labels = (
+                        f'job="vllm",instance="s{server}:8000",model_name="m",engine="0",kind="{kind}",batch="{batch}"'
+                    )
+                    name = f"engine_batch:moe_layer_duration_seconds:max5m{{{labels}}}"
+                    # one size after the other, ten minutes each
+                    for at in range(end - 23400, end + 1, 30):
+                        if at // 600 % len(CLASSES) == i or at > end - 60:
+                            file.write(f"{name} {1e-4 + at % 7 * 1e-6:.6g} {at}\n")
+            file.write("# EOF\n")
+        command = [
+            "promtool",
+            "tsdb",
+            "create-blocks-from",
+            "openmetrics",
+            str(folder / "past.om"),
+            str(folder / "data"),
+        ]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        (folder / "prometheus.yml").write_text("{}\n")
+        with Prometheus(folder, 19096) as server:
+            times = []
+            for _ in range(5):
+                began = time.perf_counter()
+                found = json.loads(get(server.url + "/api/v1/query", query=expr, time=end))["data"]["result"]
+                times.append(time.perf_counter() - began)
+            assert len(found) == servers * 2 * len(CLASSES), len(found)
+    return round(1000 * min(times), 1)
+
+
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", action="append", metavar="SHAPE:SERVERS")
+    parser.add_argument("--only", action="append", metavar="SHAPE:SERVERS", help="or `past`")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "prometheus_cost.json")
     arguments = parser.parse_args()
     version = subprocess.run(["prometheus", "--version"], capture_output=True, text=True, check=True).stdout.split()[2]
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    before = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     result = {
         "when": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": "python benchmarks/prometheus/cost.py",
@@ -182,8 +230,13 @@ def main():
         "prometheus": version,
         "python": platform.python_version(),
         "scrape_interval_s": INTERVAL,
-        "runs": json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else {},
+        "past_rule_ms": before.get("past_rule_ms", {}),
+        "runs": before.get("runs", {}),
     }
+    if not arguments.only or "past" in arguments.only:
+        result["past_rule_ms"] = {str(n): past(n) for n in (1, 20, 200)}
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        print("past", result["past_rule_ms"], flush=True)
     for name, servers in RUNS:
         if arguments.only and f"{name}:{servers}" not in arguments.only:
             continue

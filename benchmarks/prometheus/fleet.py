@@ -19,11 +19,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import published
 
 from moe_monitor import baseline
-from moe_monitor.catalog import BY_NAME, IDENTITY, Metric
+from moe_monitor.catalog import IDENTITY
 from moe_monitor.export import drift as drift_module
 from moe_monitor.export import windows as windows_module
 from moe_monitor.export.families import Family, expert_parallel, families
 from moe_monitor.export.windows import History
+from moe_monitor.latency import EngineLatency, LatencyTable, RankLatency, SampledStep, merge
 from moe_monitor.layout import FIXED_POINT, HISTOGRAMS, RowLayout, edges
 from moe_monitor.snapshot import EngineSnapshot, Status
 
@@ -91,9 +92,57 @@ def rows(shape: Shape, now: Traffic, rng: np.random.Generator) -> np.ndarray:
     return made
 
 
+class Timed:
+    """Sampled steps of one server's ranks, timed by a roofline: reading the used experts' weights, or their tiles.
+
+    ``slow``: expert-parallel rank -> factor on its times, as a device whose clocks fell. Microseconds of an H100.
+    """
+
+    def __init__(self, shape: Shape, rng: np.random.Generator) -> None:
+        self.shape, self.rng, self.number = shape, rng, 0
+        self.tables = [LatencyTable(shape.layers) for _ in range(shape.ranks)]
+        self.slow: dict[int, float] = {}
+        self.seconds = {"decode": 0.0, "prefill": 0.0}  # of the last step of each kind
+
+    def step(self, now: Traffic, samples: int, batch: float) -> None:
+        for i in range(samples):
+            prefill = i % 4 == 3
+            tokens = max(1, int(self.rng.normal(1500, 300) if prefill else self.rng.lognormal(np.log(batch), 0.15)))
+            self._step(now, tokens, 2 if prefill else 0)
+
+    def _step(self, now: Traffic, tokens: int, kind: int) -> None:
+        shape, per = self.shape, self.shape.experts // self.shape.ranks
+        self.number += 200
+        counts = self.rng.binomial(tokens, np.minimum(now.p, 1.0))
+        attention = 25.0 + 0.02 * tokens
+        slowest = np.zeros(shape.layers)
+        made = []
+        for rank, table in enumerate(self.tables):
+            own = counts[:, rank * per : (rank + 1) * per]
+            weights, tiles = 3.7 * (own > 0).sum(axis=1), 1.6 * (-(-own // 64)).sum(axis=1)
+            experts = (9 + np.maximum(weights, tiles)) * self.slow.get(rank, 1.0)
+            experts *= self.rng.normal(1, 0.02, shape.layers)
+            router = np.full(shape.layers, 6.0 + 0.002 * tokens)
+            slowest = np.maximum(slowest, experts)
+            made.append((table, own, router, experts))
+        whole = int(1000 * (slowest + router + attention).sum())
+        self.seconds["prefill" if kind else "decode"] = whole / 1e9
+        for table, own, router, experts in made:
+            stages = np.stack([router, experts, router + experts], axis=1)
+            flops = 2 * 3 * 2048 * 1024 * own.sum(axis=1)
+            table.add(SampledStep(self.number, kind, tokens, whole, (1000 * stages).astype(np.int64), own, flops))
+
+    def merged(self) -> EngineLatency | None:
+        layers = tuple(range(self.shape.layers))
+        ranks = self.tables
+        return merge(RankLatency(layers, t.arrays, i if len(ranks) > 1 else None) for i, t in enumerate(ranks))
+
+
 @dataclass
 class Server:
-    """One server of a shape. ``step`` routes, ``metrics`` shows what a scrape would."""
+    """One server of a shape. ``step`` routes, ``metrics`` shows what a scrape would. ``batch``: tokens of a decode
+    step.
+    """
 
     instance: str
     shape: Shape
@@ -102,6 +151,8 @@ class Server:
     status: Status = field(default_factory=lambda: Status(active=True, capture="retain", reason=""))
     now: float = 0.0
     age: float = 0.4
+    batch: float = 24.0
+    samples: int = 8
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
@@ -120,11 +171,13 @@ class Server:
             "matrices": 3,
         }
         placed = [{"rank": r, "experts": list(range(r * per, (r + 1) * per))} for r in range(self.shape.ranks)]
+        self.timed = Timed(self.shape, np.random.default_rng(self.seed + 1000))
         self.identities = [facts | ({"ep": ep} if self.shape.ranks > 1 else {}) for ep in placed]
 
     def step(self, now: Traffic, seconds: float) -> None:
         self.now += seconds
         self.rows = self.rows + rows(self.shape, now, self.rng)
+        self.timed.step(now, self.samples, self.batch)
         passes = now.tokens // 32
         self.status.hook_seconds += passes * float(self.rng.normal(21e-6, 1e-6))
 
@@ -142,6 +195,7 @@ class Server:
             self.age,
             self.status,
             self.identities,
+            latency=self.timed.merged(),
         )
 
     def metrics(self, max_series: int | None = None) -> list[Family]:
@@ -175,8 +229,3 @@ def samples(found: list[Family]) -> Iterator[tuple[str, tuple[tuple[str, str], .
                 yield f"{family.metric.name}_bucket", (*labels, ("le", str(bound))), float(count)
             yield f"{family.metric.name}_count", labels, float(counts[-1])
             yield f"{family.metric.name}_sum", labels, float(np.asarray(family.sums)[i])
-
-
-def histogram_metric(name: str, buckets: tuple[float, ...], *labels: str) -> Metric:
-    """A histogram of the catalogue, with these buckets where the catalogue does not have it."""
-    return BY_NAME.get(name) or Metric(name, "histogram", "", "", labels, buckets)

@@ -5,7 +5,9 @@
     python grafana/preview.py --url http://127.0.0.1:9090 --end $(cat DIR/end) --out DIR
 
 Three servers of OLMoE's shape over four expert-parallel ranks. 70 minutes before the end the traffic of server b
-changes from c4 to github; 45 minutes before it layer 11 of server c collapses, and an expert of its layer 7 dies.
+changes from c4 to github; 45 minutes before it layer 11 of server c collapses, and an expert of its layer 7 dies; 50
+minutes before it the device of rank 2 of server a becomes 1.9 times slower, 40 minutes before it all of server b 1.7
+times.
 The rules are those that are shipped, backfilled by promtool.
 """
 
@@ -21,7 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from fleet import OLMOE, ROOT, Server, histogram_metric, record_baseline, samples, traffic
+from fleet import OLMOE, ROOT, Server, record_baseline, samples, traffic
+
+from moe_monitor.catalog import BY_NAME
 
 STEP = 60
 JOB = "vllm"
@@ -31,25 +35,87 @@ def label_text(pairs) -> str:
     return "{" + ",".join(f'{k}="{v}"' for k, v in pairs) + "}"
 
 
+REQUESTS = (
+    "moe_request_entropy_ratio",
+    "moe_request_concentration_ratio",
+    "moe_request_drift_bits",
+    "moe_request_e2e_seconds",
+    "moe_request_ttft_seconds",
+    "moe_request_tpot_seconds",
+)
+
+#: vLLM's.
+ITL_BUCKETS = (
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
+TTFT_BUCKETS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    *ITL_BUCKETS[11:],
+    160.0,
+    640.0,
+    2560.0,
+)
+
+
+class Histogram:
+    """A histogram of vLLM's."""
+
+    def __init__(self, name: str, bounds: tuple[float, ...]) -> None:
+        self.name, self.bounds = name, bounds
+        self.counts, self.sum = np.zeros(len(bounds) + 1, dtype=np.int64), 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        self.counts += np.bincount(np.searchsorted(self.bounds, values), minlength=len(self.counts))
+        self.sum += float(values.sum())
+
+    def samples(self, identity):
+        for bound, count in zip([*map(float, self.bounds), "+Inf"], np.cumsum(self.counts), strict=True):
+            yield f"{self.name}_bucket", (*identity, ("le", str(bound))), int(count)
+        yield f"{self.name}_count", identity, int(self.counts.sum())
+        yield f"{self.name}_sum", identity, self.sum
+
+
 class Requests:
     """Request histograms of a server: lognormal, slower in the upper quartiles of concentration."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        seconds = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-        self.metrics = {
-            "moe_request_entropy_ratio": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0),
-            "moe_request_concentration_ratio": (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8),
-            "moe_request_drift_bits": (0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1),
-            "moe_request_e2e_seconds": seconds,
-            "moe_request_ttft_seconds": seconds,
-            "moe_request_tpot_seconds": (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1),
-        }
+        self.bounds = {name: BY_NAME[name].buckets for name in REQUESTS}
         self.counts: dict[tuple[str, str], np.ndarray] = {}
         self.sums: dict[tuple[str, str], float] = {}
         self.sampled = 0
+        self.itl = Histogram("vllm:inter_token_latency_seconds", ITL_BUCKETS)
+        self.ttft = Histogram("vllm:time_to_first_token_seconds", TTFT_BUCKETS)
 
-    def step(self, hot: float) -> None:
+    def step(self, hot: float, decode: float, prefill: float) -> None:
         n = int(self.rng.poisson(30))
         self.sampled += n
         concentration = self.rng.lognormal(np.log(1.6 * hot), 0.3, n)
@@ -63,7 +129,7 @@ class Requests:
             "moe_request_tpot_seconds": self.rng.lognormal(-4.6, 0.2, n) * (1 + 0.1 * quartile),
         }
         for name, column in values.items():
-            bounds = self.metrics[name]
+            bounds = self.bounds[name]
             for which in ("1", "2", "3", "4") if name.endswith("_seconds") else ("",):
                 chosen = column if not which else column[quartile == int(which)]
                 binned = np.bincount(np.searchsorted(bounds, chosen), minlength=len(bounds) + 1)
@@ -71,13 +137,15 @@ class Requests:
                 self.counts[key] = self.counts.get(key, 0) + binned
                 self.sums[key] = self.sums.get(key, 0.0) + float(chosen.sum())
 
+        self.itl.add(self.rng.gamma(8, decode * 1.15 / 8, 400))
+        self.ttft.add(prefill * self.rng.lognormal(0.9, 0.5, n))
+
     def samples(self, identity):
-        yield "moe_monitor_sampled_requests_total", identity, self.sampled
+        yield from self.itl.samples(identity)
+        yield from self.ttft.samples(identity)
         for (name, which), counts in self.counts.items():
             own = (*identity, ("quartile", which)) if which else identity
-            bounds = [*map(float, histogram_metric(name, self.metrics[name]).buckets), "+Inf"]
-            if len(bounds) != len(counts):  # the catalogue's buckets differ from ours
-                continue
+            bounds = [*map(float, self.bounds[name]), "+Inf"]
             for bound, count in zip(bounds, np.cumsum(counts), strict=True):
                 yield f"{name}_bucket", (*own, ("le", str(bound))), int(count)
             yield f"{name}_count", own, int(counts.sum())
@@ -103,13 +171,19 @@ def write_history(folder: Path, start: int, steps: int) -> None:
                     now = type(normal)(p, normal.tokens, entropy, mass)
                 wave = 1 + 0.4 * np.sin(at / 3000 + i)
                 now = type(normal)(now.p, int(now.tokens * wave), now.entropy, now.mass)
+                if i == 0 and left <= 50:
+                    server.timed.slow = {2: 1.9}
+                if i == 1 and left <= 40:
+                    server.timed.slow = dict.fromkeys(range(4), 1.7)
+                server.batch = 24 * wave
                 server.step(now, STEP)
                 if i == 1 and left <= 70:
                     server.status.dropped["request"] = server.status.dropped.get("request", 0) + int(left > 50) * 3
                 if i == 0 and left < 100:
                     server.status.errors["collect"] = 1
                 server.age = float(server.rng.uniform(0.1, 0.9)) if not (i == 2 and 100 < left < 105) else 40.0
-                requests[i].step(1.4 if i == 1 and left <= 70 else 1.0)
+                requests[i].step(1.4 if i == 1 and left <= 70 else 1.0, *server.timed.seconds.values())
+                server.status.sampled = requests[i].sampled
                 place = (("job", JOB), ("instance", server.instance))
                 identity = (("model_name", OLMOE.name), ("engine", "0"))
                 for name, labels, value in [*samples(server.metrics()), *requests[i].samples(identity)]:

@@ -4,8 +4,10 @@ from moe_monitor.analysis.compare import Agreement, Comparison, compare, compare
 from moe_monitor.analysis.records import Record
 from moe_monitor.analysis.specialisation import (
     co_activation,
+    co_activation_bounds,
     domain_specialisation,
     router_saturation,
+    saturation_at_most,
     vocabulary_specialisation,
 )
 from moe_monitor.analysis.summary import Summary, summarise
@@ -16,11 +18,13 @@ __all__ = [
     "Record",
     "Summary",
     "co_activation",
+    "co_activation_bounds",
     "compare",
     "compare_choices",
     "compare_counts",
     "domain_specialisation",
     "router_saturation",
+    "saturation_at_most",
     "summarise",
     "vocabulary_specialisation",
 ]

@@ -99,6 +99,38 @@ def load_map(counts: NDArray[np.int64], layers: Sequence[int]) -> str:
     return _svg(left + experts * cell + 8, bottom + 40, body, "load of every expert by layer")
 
 
+def spread_map(counts: NDArray[np.int64], bounds: Sequence[float], layers: Sequence[int], x_title: str) -> str:
+    """Layers x buckets, coloured by the share of the layer's tokens in the bucket; 0 to the largest share.
+
+    ``counts`` [layers, buckets]; bucket i ends at ``bounds[i]``, inclusive, and buckets are drawn equally wide.
+    """
+    rows, buckets = counts.shape
+    wide, tall = 52.0, max(9.0, min(18.0, 420 / rows))
+    left, top = 52, 8
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    highest = float(share.max()) or 1.0
+    body = []
+    for i, layer in enumerate(layers):
+        y = top + i * tall
+        if rows <= 24 or i % math.ceil(rows / 24) == 0:
+            body.append(_text(left - 6, y + tall / 2 + 4, str(layer), "end"))
+        for j in range(buckets):
+            low = f"{bounds[j - 1]:g}" if j else "0"
+            body.append(
+                f'<rect x="{left + j * wide:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{tall:.1f}" '
+                f'fill="{_hex(_mix(SEQUENTIAL, share[i, j] / highest))}"><title>layer {layer}, {low} to '
+                f"{bounds[j]:g}: {share[i, j]:.1%} of {int(counts[i].sum())} tokens</title></rect>"
+            )
+    bottom = top + rows * tall
+    body += [_text(left + j * wide, bottom + 15, f"{bounds[j - 1]:g}" if j else "0") for j in range(buckets)]
+    body.append(_text(left + buckets * wide, bottom + 15, f"{bounds[buckets - 1]:g}"))
+    body.append(_text(left + buckets * wide / 2, bottom + 32, x_title))
+    body.append(
+        _text(12, top + rows * tall / 2, "layer", "middle", f' transform="rotate(-90 12 {top + rows * tall / 2:.0f})"')
+    )
+    return _svg(left + buckets * wide + 16, bottom + 40, body, f"{x_title} by layer")
+
+
 def matrix_image(values: NDArray[np.float64], highest: float, size: int = 260) -> str:
     """A square matrix as a pixel image (data URI), 0 to ``highest``; NaN grey."""
     n = values.shape[0]
@@ -120,7 +152,7 @@ def matrix_image(values: NDArray[np.float64], highest: float, size: int = 260) -
     )
     uri = base64.b64encode(png).decode()
     step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if n / s <= 9)
-    left, top = 34, 4
+    left, top = 44, 4
     image = (
         f'<image x="{left}" y="{top}" width="{size}" height="{size}" preserveAspectRatio="none" '
         f'style="image-rendering:pixelated" href="data:image/png;base64,{uri}"/>'
@@ -131,6 +163,7 @@ def matrix_image(values: NDArray[np.float64], highest: float, size: int = 260) -
         body.append(_text(left + at, top + size + 14, str(k)))
         body.append(_text(left - 5, top + at + 4, str(k), "end"))
     body.append(_text(left + size / 2, top + size + 30, "expert j"))
+    body.append(_text(11, top + size / 2, "expert i", "middle", f' transform="rotate(-90 11 {top + size / 2:.0f})"'))
     return _svg(left + size + 6, top + size + 38, body, "co-activation of experts")
 
 

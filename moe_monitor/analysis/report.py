@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moe_monitor import __version__
 from moe_monitor.analysis import charts, dynamic_k
 from moe_monitor.analysis.compare import DIFFERENT, Agreement, Comparison
 from moe_monitor.analysis.records import Record
-from moe_monitor.analysis.specialisation import co_activation
+from moe_monitor.analysis.specialisation import Floats, co_activation
 from moe_monitor.analysis.summary import Summary
 from moe_monitor.analysis.tables import DASH, number, si
+from moe_monitor.layout import edges
 
 #: Tokens that an expert needs before its company is named.
 LEAST_TOKENS = 50
@@ -25,14 +27,14 @@ _STYLE = """
 body{font:15px/1.5 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;color:#1c2430;background:#fff;
  max-width:1120px;margin:28px auto;padding:0 22px}
 h1{font-size:25px;margin:0 0 2px}h2{font-size:18px;margin:34px 0 6px;border-bottom:1px solid #d9dee5;padding-bottom:4px}
-h3{font-size:14px;margin:4px 0}p{margin:4px 0 10px;max-width:860px}.quiet{color:#5b6470}
+h3{font-size:14px;margin:4px 0}p{margin:4px 0 10px;max-width:900px}.quiet{color:#5b6470}
 .cards{display:flex;flex-wrap:wrap;gap:10px;margin:16px 0}.card{border:1px solid #d9dee5;border-radius:6px;
  padding:9px 14px;min-width:128px}.card b{display:block;font-size:20px}.card span{color:#5b6470;font-size:13px}
 .row{display:flex;flex-wrap:wrap;gap:22px;align-items:flex-start}.third{width:306px}svg{max-width:100%;height:auto}
 svg text{font:11.5px system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;fill:#3c4653}.grid{stroke:#e3e7ec}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
-.wide{overflow-x:auto}th,td{padding:3px 9px;text-align:right;border-bottom:1px solid #e8ebef;white-space:nowrap}
-th{color:#5b6470;font-weight:600;vertical-align:bottom}td.l,th.l{text-align:left}
+.wide{overflow-x:auto}th,td{padding:3px 6px;text-align:right;border-bottom:1px solid #e8ebef;white-space:nowrap}
+th{color:#5b6470;font-weight:600;vertical-align:bottom;white-space:normal}td.l,th.l{text-align:left}
 .verdict{border-left:4px solid #2e5896;background:#f3f6fa;padding:8px 14px;margin:10px 0;max-width:none}
 .verdict.different{border-color:#c0622b;background:#fbf3ed}
 @media print{body{margin:0}h2{break-after:avoid}.row,table{break-inside:avoid}}
@@ -43,9 +45,12 @@ def _card(value: str, label: str) -> str:
     return f"<div class=card><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = ()) -> str:
+    """``words``: columns that hold words, to be set from the left."""
+    side = [" class=l" if i in words else "" for i in range(len(head))]
+    cells = "".join(f"<th{c}>{html.escape(h)}</th>" for c, h in zip(side, head, strict=True))
+    body = [[f"<td{c}>{html.escape(x)}</td>" for c, x in zip(side, row, strict=True)] for row in rows]
+    lines = "".join(f"<tr>{''.join(row)}</tr>" for row in body)
     return f"<div class=wide><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>"
 
 
@@ -137,6 +142,35 @@ def _by_layer(summary: Summary) -> str:
     return f"<h2>By layer</h2><div class=row>{figures}</div>"
 
 
+def _entropy(summary: Summary) -> str:
+    if not summary.entropy.any():
+        return ""
+    share = summary.entropy / np.maximum(summary.entropy.sum(axis=1, keepdims=True), 1)
+    return (
+        "<h2>Router entropy of single tokens</h2><p>Share of a layer's tokens by the entropy of their routing "
+        "probabilities over ln(experts): 0 is a router that is certain, 1 one that does not care.</p>"
+        + charts.legend(charts.SEQUENTIAL, ((0, "0 %"), (1, f"{share.max():.0%}")), "share of the layer's tokens")
+        + "<br>"
+        + charts.spread_map(summary.entropy, edges("entropy"), summary.layers, "entropy / ln(experts)")
+    )
+
+
+def _pairs(matrix: Floats, load: NDArray[np.int64], tokens: int) -> str:
+    """The three pairs that meet most beyond what their loads make them meet; busy experts meet everybody."""
+    p = load / tokens
+    k = p.sum()
+    alone = (k - 1) * p[None, :] / (k - p[:, None])  # the other k-1 choices of i's tokens, shared out by load
+    enough = load >= LEAST_TOKENS
+    known = np.triu(enough[:, None] & enough[None, :], 1)
+    lift = np.where(known & (alone > 0), matrix / np.where(alone > 0, alone, 1), -1.0)
+    best = np.argsort(-lift, axis=None, kind="stable")[:3]
+    named = [(i, j) for i, j in zip(*np.unravel_index(best, matrix.shape), strict=True) if lift[i, j] > 1]
+    if not named:
+        return "No pair meets more often than loads alone explain."
+    said = "; ".join(f"{i} with {j}: {matrix[i, j]:.0%} (loads alone {alone[i, j]:.0%})" for i, j in named)
+    return f"Most beyond their loads: {said}"
+
+
 def _co_activation(record: Record, shown: Sequence[int] | None) -> str:
     if shown is None:
         places = sorted({0, len(record.layers) // 2, len(record.layers) - 1})
@@ -157,20 +191,16 @@ def _co_activation(record: Record, shown: Sequence[int] | None) -> str:
     highest = float(np.nanquantile(off, 0.995)) if np.isfinite(off).any() else 1.0
     figures = []
     for layer, matrix, load in zip(few.layers, off, few.counts(), strict=True):
-        flat = np.where(np.isnan(matrix) | (load < LEAST_TOKENS)[:, None], -1.0, matrix)
-        best = np.argsort(-flat, axis=None, kind="stable")[:3]
-        pairs = ", ".join(
-            f"{i} with {j} {matrix[i, j]:.0%}" for i, j in zip(*np.unravel_index(best, matrix.shape), strict=True)
-        )
         figures.append(
             f"<div class=third><h3>Layer {layer}</h3>{charts.matrix_image(matrix, highest)}"
-            f"<p class=quiet>Most: {pairs}</p></div>"
+            f"<p class=quiet>{_pairs(matrix, load, record.tokens)}</p></div>"
         )
     uniform = (record.ids.shape[2] - 1) / max(1, record.experts - 1)
     return (
         "<h2>Co-activation</h2><p>How often expert j (column) is active when expert i (row) is: N<sub>ij</sub>/"
-        f"N<sub>i</sub>. Uniform routing shows {uniform:.1%} everywhere. The diagonal is left out; pairs are named "
-        f"for experts i with at least {LEAST_TOKENS} tokens.</p>"
+        f"N<sub>i</sub>. Uniform routing shows {uniform:.1%} everywhere. The diagonal is left out; a dark "
+        "column is an expert that is busy in any company, so pairs are named by what they have beyond their loads "
+        f"(experts with at least {LEAST_TOKENS} tokens).</p>"
         + charts.legend(
             charts.SEQUENTIAL, ((0, "0 %"), (1, f"{highest:.0%} and more")), "share of the row expert's tokens"
         )
@@ -201,20 +231,26 @@ def _dynamic(record: Record, top_k: int) -> str:
     per_token = record.chosen().sum(axis=2).reshape(-1)
     seen = np.bincount(per_token)
     used = np.flatnonzero(seen)
-    figure = charts.bars(
-        seen[used].tolist(), [str(k) for k in used], x_title="experts of a token (k)", y_title="tokens, all layers"
-    )
+    if len(used) == 1:
+        figure, left = "", f"The model gave every token {used[0]} experts in every layer. The table says"
+    else:
+        figure = charts.bars(
+            seen[used].tolist(), [str(k) for k in used], x_title="experts of a token (k)", y_title="tokens, all layers"
+        )
+        left = "Left: what the model did. Right:"
     head = ["rule", "k, mean", "p50", "p95", "p99", "mass covered", "expert FLOPs vs now"]
     return (
-        "<h2>Experts per token</h2><p>Left: what the model did. Right: what other rules would have chosen from the "
-        "same probabilities; the model was not changed, and later layers would have seen other inputs.</p>"
-        f"<div class=row><div>{figure}</div><div>{_table(head, rows)}</div></div>"
+        f"<h2>Experts per token</h2><p>{left} what other rules would have chosen from the same probabilities; "
+        "the model was not changed, and later layers would have seen other inputs.</p>"
+        f"<div class=row>{figure}{_table(head, rows, words=[0])}</div>"
     )
 
 
 def _comparison(name: str, found: Comparison | Agreement) -> str:
     kind = " different" if isinstance(found, Comparison) and found.verdict == DIFFERENT else ""
-    said = f"<h2>Comparison: {html.escape(name)}</h2><p class='verdict{kind}'>{html.escape(str(found))}</p>"
+    verdict = str(found)
+    verdict = html.escape(verdict[0].upper() + verdict[1:])
+    said = f"<h2>Comparison: {html.escape(name)}</h2><p class='verdict{kind}'>{verdict}</p>"
     if isinstance(found, Comparison):
         head = ["layer", "divergence, bits", "noise alone, bits", "p-value", "verdict", "experts that changed most"]
         rows = [
@@ -228,7 +264,7 @@ def _comparison(name: str, found: Comparison | Agreement) -> str:
             ]
             for x in found.layers
         ]
-        return said + _table(head, rows)
+        return said + _table(head, rows, words=[4, 5])
     chart = charts.lines(
         {"same experts": found.overlap.tolist(), "same likeliest": found.first.tolist()},
         [str(layer) for layer in found.layers],
@@ -253,7 +289,7 @@ def _layers_table(summary: Summary) -> str:
         ("router entropy", "router_entropy_ratio_mean", number),
         ("p50", "router_entropy_ratio_p50", number),
         ("p95", "router_entropy_ratio_p95", number),
-        ("top-1 p", "top1_probability_mean", number),
+        ("best p", "top1_probability_mean", number),
         ("p95", "top1_probability_p95", number),
         ("mass", "selected_mass_ratio_mean", number),
         ("active", "active_experts_mean", lambda v: number(v, 1)),
@@ -289,7 +325,7 @@ def render(
     """
     record = summary.record if record is None else record
     parts = [_header(summary, title), *(_comparison(name, c) for name, c in (comparisons or {}).items())]
-    parts += [_load(summary), _by_layer(summary)]
+    parts += [_load(summary), _by_layer(summary), _entropy(summary)]
     if record is not None:
         parts += [_co_activation(record, co_activation_layers), _dynamic(record, int(summary.facts["top_k"]))]
     parts.append(_layers_table(summary))

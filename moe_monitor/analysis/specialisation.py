@@ -27,6 +27,35 @@ def router_saturation(ids: Any, final_ids: Any, experts: int) -> Floats:
     return np.asarray(common.mean(axis=1) / a.shape[2])
 
 
+def saturation_at_most(counts: Any, final_counts: Any) -> Floats:
+    """The most that :func:`router_saturation` can be where only totals over the same tokens are known, [layers].
+
+    ``counts`` and ``final_counts`` [layers, experts]. An expert cannot have kept more tokens than it had at either
+    checkpoint: sum of the smaller counts over all assignments. Raises ValueError if the layers' totals differ.
+    """
+    a, b = np.asarray(counts, dtype=np.float64), np.asarray(final_counts, dtype=np.float64)
+    if a.shape != b.shape or not np.array_equal(a.sum(axis=-1), b.sum(axis=-1)):
+        raise ValueError("both need the counts of the same tokens")
+    return np.asarray(np.minimum(a, b).sum(axis=-1) / a.sum(axis=-1))
+
+
+def co_activation_bounds(counts: Any, tokens: Any) -> tuple[Floats, Floats]:
+    """What :func:`co_activation` lies between where only totals are known, each [layers, experts (i), experts (j)].
+
+    ``counts`` [layers, experts] tokens per expert, ``tokens`` [layers] or one number. Of N tokens at least
+    N_i + N_j - N and at most the smaller of the two chose both. Rows of experts without tokens are NaN.
+    """
+    n = np.asarray(counts, dtype=np.float64)
+    total = np.broadcast_to(np.asarray(tokens, dtype=np.float64), n.shape[:1])[:, None, None]
+    low = np.maximum(0, n[:, :, None] + n[:, None, :] - total)
+    high = np.minimum(n[:, :, None], n[:, None, :])
+    own = np.eye(n.shape[1], dtype=bool)
+    low = np.where(own, n[:, :, None], low)
+    with np.errstate(invalid="ignore"):
+        single = np.where(n > 0, n, np.nan)[..., None]
+        return np.asarray(low / single), np.asarray(high / single)
+
+
 def co_activation(record: Record) -> Floats:
     """How often expert j is active when expert i is: N_ij / N_i, [layers, experts (i), experts (j)].
 

@@ -71,6 +71,7 @@ class Summary:
 
     Units stand in the names: ``_seconds``, ``_ratio``, ``_probability``; ``flops_*`` are floating-point operations
     (a multiply-add is 2), counts are tokens, passes or experts. ``counts``: tokens per [layer, expert].
+    ``entropy``: tokens per [layer, bucket] of router entropy, the buckets of the metric without the open last one.
     ``total``: the same over all layers. ``facts``: model and versions. ``exact_quantiles``: quantiles come from
     recorded tokens, not from histogram buckets (linear inside a bucket).
     """
@@ -78,6 +79,7 @@ class Summary:
     facts: dict[str, Any]
     layers: tuple[int, ...]
     counts: NDArray[np.int64]
+    entropy: NDArray[np.int64]
     rows: list[dict[str, Any]]
     total: dict[str, Any]
     exact_quantiles: bool
@@ -107,6 +109,7 @@ class Summary:
             "total": self.total,
             "layers": self.rows,
             "experts": self.counts.tolist(),
+            "router_entropy_buckets": {"upper": list(edges("entropy")), "tokens": self.entropy.tolist()},
         }
 
     def to_frame(self) -> Any:
@@ -243,6 +246,7 @@ def summarise(
         },
         layers=engine.layers,
         counts=counts,
+        entropy=engine.column("entropy")[:, : len(edges("entropy"))],
         rows=rows,
         total=_known(_total(engine, rows)),
         exact_quantiles=record is not None,

@@ -158,6 +158,11 @@ class CudaMeter:
 
     # what the routers say
 
+    @property
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured into a graph."""
+        return self._is_capturing()
+
     def observe(self, layer: int, logits: Tensor, ids: Tensor, key: Hashable, span: Span) -> None:
         """One layer's decision. ``key`` names the graph being captured; it is not looked at otherwise."""
         if self._is_capturing():
@@ -353,6 +358,11 @@ class CudaMeter:
         # The stream's order protects the memory: whoever gets it next writes after our kernel has read.
         self._pending.clear()
         self._pending_bytes = 0
+
+    @property
+    def rows_now(self) -> Tensor | None:
+        """The rows on the device, which the kernels of every pass add to; None before the first router was seen."""
+        return None if self._launcher is None else self._rows
 
     # what the publisher asks for, from its own thread
 

@@ -178,6 +178,11 @@ class Meter:
     def read_rows(self) -> NDArray[np.int64]:
         return self.rows
 
+    @property
+    def rows_now(self) -> NDArray[np.int64]:
+        """The rows as they stand between two passes; never written to."""
+        return self.rows
+
     def observe(self, layer: int, logits: Tensor, ids: Tensor) -> None:
         """Take one layer's decision; ``layer`` is a position in :attr:`layers`."""
         n = self.valid

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from moe_monitor import statistics
 from moe_monitor.board import BoardError, BoardWriter, remove_dead_boards
 from moe_monitor.capture.fuse import Fuse
+from moe_monitor.latency import SEGMENT, LatencyTable, latency_segment
 from moe_monitor.layout import FIXED_POINT, RowLayout
 from moe_monitor.records import RecordWriter, Tally, record_segments
 from moe_monitor.snapshot import STATUS_SEGMENT, routing_segment
@@ -45,6 +46,15 @@ class Requests(Protocol):
     def drain(self, limit: int) -> list[Tally]: ...
 
 
+class Timings(Protocol):
+    """Where durations come from: ``collect`` moves finished samples into ``table`` and says whether there were any."""
+
+    @property
+    def table(self) -> LatencyTable: ...
+
+    def collect(self) -> bool: ...
+
+
 #: Finished requests are handed over so often, whatever the publishing interval. Seconds.
 HAND_OVER = 0.4
 
@@ -53,7 +63,7 @@ class Publisher:
     """Publishes a source to a board every ``interval`` seconds, and at once when the fuse blows.
 
     The board is made here, so that whoever asks finds the status of an inactive monitor too. ``source`` is None
-    where there is nothing to count. Raises BoardError when the board cannot be made.
+    where there is nothing to count, ``timings`` where nothing is timed. Raises BoardError when it cannot be made.
     """
 
     def __init__(
@@ -68,6 +78,7 @@ class Publisher:
         log_interval: float,
         logger: logging.Logger,
         requests: Requests | None = None,
+        timings: Timings | None = None,
     ) -> None:
         self._fuse = fuse
         self._source = source
@@ -80,6 +91,9 @@ class Publisher:
         self._requests = requests if source is not None else None
         if self._requests is not None:
             segments |= record_segments(len(identity["layers"]), identity["experts"])
+        self._timings = timings
+        if timings is not None:
+            segments[SEGMENT] = latency_segment(len(identity["layers"]))
         self._logger = logger
         self._make_board = lambda: BoardWriter(directory, name, identity, segments)
         self._board = self._make_board()
@@ -115,7 +129,8 @@ class Publisher:
 
     def publish(self) -> None:
         """One round. Raises what the board or the device copy raise."""
-        if not self._board.in_place and not self._make_anew():
+        fresh = not self._board.in_place
+        if fresh and not self._make_anew():
             return
         source = self._source
         if source is not None and not self._fuse.blown and source.passes != self._published:
@@ -125,6 +140,8 @@ class Publisher:
             self._published = passes
             if self._summary is not None:
                 self._summary.maybe_log(reading.rows)
+        if self._timings is not None and not self._fuse.blown and (self._timings.collect() or fresh):
+            self._board.write(SEGMENT, self._timings.table.arrays)
         self._write_status()
 
     def _make_anew(self) -> bool:

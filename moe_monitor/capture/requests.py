@@ -107,6 +107,11 @@ class Tracer:
         return len(self._live)
 
     @property
+    def idle(self) -> bool:
+        """Whether no request is traced: a step that brings none needs neither :meth:`step` nor :meth:`rows`."""
+        return not self._live
+
+    @property
     def pending(self) -> bool:
         """Whether :meth:`drain` has something to do."""
         return bool(self._done)

@@ -75,7 +75,10 @@ class Marks:
 
 
 class Twin:
-    """An instrumented clone of a captured graph. ``close`` before the memory that the graph uses goes away."""
+    """An instrumented clone of a captured graph. ``close`` before the memory that the graph uses goes away.
+
+    Made while the graph is captured, since it may be gone later; :meth:`prepare` puts in the stamps.
+    """
 
     def __init__(self, stamper: Stamper, graph: int, marks: list[Mark]) -> None:
         self._stamper = stamper
@@ -85,11 +88,31 @@ class Twin:
         self._stamps: set[int] = set()
         self._tails: dict[tuple[int, ...], int] = {}
         try:
-            for mark in marks:
-                self._insert(mark)
+            self._marks = [self._in_clone(mark) for mark in marks]
         except Exception:
             self.close()
             raise
+
+    def _in_clone(self, mark: Mark) -> Mark:
+        find, clone = self._driver.in_clone, self._clone
+        known = frozenset((find(a, clone), find(b, clone)) for a, b in mark.before_this)
+        return Mark(mark.slot, tuple(find(node, clone) for node in mark.after), known)
+
+    def prepare(self, begin: tuple[int, int], end: int | None = None) -> None:
+        """Put in the stamps: at the marks, two in a row before everything (slots ``begin``), one after everything."""
+        for mark in self._marks:
+            self._insert(mark)
+        self._marks = []
+        for slot in reversed(begin):
+            self._insert(Mark(slot, (), frozenset()))
+        if end is not None:
+            leaves = [n for n in self._driver.nodes(self._clone) if not self._driver.dependents(n)]
+            self._stamps.add(self._stamper.add(self._clone, leaves, end))
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the twin; between :meth:`prepare` and :meth:`instantiate`."""
+        return len(self._driver.nodes(self._clone))
 
     def _insert(self, mark: Mark) -> None:
         driver, clone = self._driver, self._clone
@@ -104,28 +127,17 @@ class Twin:
             stamp = self._stamper.add(clone, [earlier], mark.slot)
             later = [(earlier, e.node, e.data) for e in driver.dependents(earlier) if e.node != stamp]
         else:
-            after = {node: driver.in_clone(node, clone) for node in mark.after}
-            known = {(after[a], driver.in_clone(b, clone)) for a, b in mark.before_this}
             later = [
                 (a, edge.node, edge.data)
-                for a in after.values()
+                for a in mark.after
                 for edge in driver.dependents(a)
-                if edge.node not in self._stamps and (a, edge.node) not in known
+                if edge.node not in self._stamps and (a, edge.node) not in mark.before_this
             ]
-            stamp = self._stamper.add(clone, list(after.values()), mark.slot)
+            stamp = self._stamper.add(clone, mark.after, mark.slot)
         driver.unlink(clone, later)
         driver.link(clone, sorted({(stamp, target) for _, target, _ in later}))
         self._stamps.add(stamp)
         self._tails[mark.after] = stamp
-
-    def stamp_end(self, slot: int) -> None:
-        """A stamp after everything."""
-        leaves = [n for n in self._driver.nodes(self._clone) if not self._driver.dependents(n)]
-        self._stamps.add(self._stamper.add(self._clone, leaves, slot))
-
-    def stamp_begin(self, slot: int) -> None:
-        """A stamp before everything."""
-        self._insert(Mark(slot, (), frozenset()))
 
     def instantiate(self) -> None:
         """Make it ready to run; the clone is not needed any more."""

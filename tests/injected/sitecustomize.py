@@ -1,6 +1,8 @@
 """Put on PYTHONPATH by tests: runs in every process of a server under test, before anything else.
 
 MOE_TEST_SCHEDULE=FILE  vLLM's scheduler writes there what it schedules, a JSON line a step: what was computed.
+MOE_TEST_SLOW=LAYER:MILLISECONDS:FILE  the experts of one layer take so much longer for as long as FILE exists.
+MOE_TEST_ROUTER_BIAS=FILE  every OLMoE router is sure of expert 3 for as long as FILE exists.
 MOE_TEST_FAULT=WHERE:FILE,...  while FILE exists, the named function of moe-monitor raises, or does what FILE says:
     "hang" waits until FILE is gone, "oom" says that the device's memory is full.
 MOE_TEST_CLOCK=FILE  the wall clock is off by as many seconds as FILE says.
@@ -20,6 +22,7 @@ FAULTS = {
     "meter": ("moe_monitor.capture.meter", "Meter.__init__"),
     "record": ("moe_monitor.capture.meter", "accumulate"),
     "publish": ("moe_monitor.board", "BoardWriter.write"),
+    "latency": ("moe_monitor.capture.clock", "HostClock.end"),
     "collect": ("moe_monitor.export.collector", "read_engines"),
     "match": ("moe_monitor.export.frontend", "FrontEnd.match"),
 }
@@ -79,6 +82,39 @@ def _fail_in(where, path):
     wrapt.register_post_import_hook(patch, module)
 
 
+def _bias_routers(path):
+    def patch(imported):
+        def biased(gate, inputs, output):
+            if not os.path.exists(path):
+                return output
+            logits, *rest = output
+            logits = logits.clone()
+            logits[..., 3] += 1000.0
+            return (logits, *rest)
+
+        def wrapper(wrapped, instance, args, kwargs):
+            wrapped(*args, **kwargs)
+            instance.gate.register_forward_hook(biased)
+
+        wrapt.wrap_function_wrapper(imported, "OlmoeMoE.__init__", wrapper)
+
+    wrapt.register_post_import_hook(patch, "vllm.model_executor.models.olmoe")
+
+
+def _slow_down(layer, milliseconds, path):
+    def patch(module):
+        def wrapper(wrapped, instance, args, kwargs):
+            if f".{layer}." in instance.layer_name and os.path.exists(path):
+                end = time.perf_counter() + float(milliseconds) / 1000
+                while time.perf_counter() < end:
+                    pass
+            return wrapped(*args, **kwargs)
+
+        wrapt.wrap_function_wrapper(module, "RoutedExperts.forward_modular", wrapper)
+
+    wrapt.register_post_import_hook(patch, "vllm.model_executor.layers.fused_moe.routed_experts")
+
+
 def _shift_clock(path):
     real, real_ns = time.time, time.time_ns
     offset, read = 0.0, -1.0
@@ -131,6 +167,10 @@ def _beat(path):
     wrapt.register_post_import_hook(patch, "uvicorn.server")
 
 
+if os.environ.get("MOE_TEST_ROUTER_BIAS"):
+    _bias_routers(os.environ["MOE_TEST_ROUTER_BIAS"])
+if os.environ.get("MOE_TEST_SLOW"):
+    _slow_down(*os.environ["MOE_TEST_SLOW"].split(":", 2))
 if os.environ.get("MOE_TEST_SCHEDULE"):
     _record_schedule(os.environ["MOE_TEST_SCHEDULE"])
 for _fault in filter(None, os.environ.get("MOE_TEST_FAULT", "").split(",")):

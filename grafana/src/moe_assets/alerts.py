@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Where runbooks are read.
-RUNBOOKS = "https://github.com/moe-monitor/moe-monitor/blob/main/docs/runbooks/"
+#: Where runbooks are read: beside the rules, in what `moe-monitor dashboards` writes. Its option --runbook-base puts a
+#: URL in the place of this word.
+RUNBOOKS = "runbooks/"
 
 #: Stands for the value in summaries and descriptions; each kind of rule writes it in its own way.
 VALUE = "%VALUE%"
@@ -26,7 +27,8 @@ class Alert:
     """``query`` compared with ``threshold`` by ``operator`` for as long as ``hold``.
 
     ``shape``: how the value is printed. ``details``: a query for the layers concerned (Prometheus only; ``SELF``
-    stands for the labels of the engine), printed as "layer: value". ``dashboard``: uid of where to look.
+    stands for the labels of the engine), printed after ``heading`` as "layer: value" by ``print``, a function of
+    Prometheus' templates. ``dashboard``: uid of where to look.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Alert:
     dashboard: str
     shape: str = "%.2f"
     details: str = ""
+    print: str = 'printf "%.2f"'
+    heading: str = "Worst"
 
     @property
     def runbook(self) -> str:
@@ -129,6 +133,35 @@ ALERTS = (
         details='topk(3, moe_ep_rank_imbalance_ratio{window="5m",SELF})',
     ),
     Alert(
+        "MoeEpRankSlow",
+        "warning",
+        "engine_rank:moe_ep_rank_experts_time:excess5m",
+        ">",
+        1.2,
+        "15m",
+        f"Expert-parallel rank {{{{ $labels.ep_rank }}}} of {ENGINE} is slower than its load explains",
+        f"Its share of the experts' time is {VALUE} times what its share of the load explains: the device is slow, not "
+        "the placement. Every other rank waits for it.",
+        "moe-monitor-latency",
+        details="topk(3, moe_ep_straggler_wait_ratio{SELF})",
+        heading="Longest waits, of the slowest rank's time",
+    ),
+    Alert(
+        "MoeLayerLatencyRegressed",
+        "warning",
+        "max without (kind, batch) (engine_batch:moe_layer_duration_seconds:over_past)",
+        ">",
+        1.5,
+        "15m",
+        f"MoE layers of {ENGINE} take longer than they did",
+        f"The slowest MoE layer takes {VALUE} times as long as in the last six hours at the same kind and size of "
+        "batch, so traffic does not explain it.",
+        "moe-monitor-latency",
+        details='topk(3, rate(moe_layer_duration_seconds_sum{stage="layer",SELF}[5m])'
+        ' / rate(moe_layer_duration_seconds_count{stage="layer",SELF}[5m]))',
+        print="humanizeDuration",
+    ),
+    Alert(
         "MoeMonitorNotLive",
         "warning",
         "moe_monitor_active unless moe_monitor_snapshot_age_seconds > 60",
@@ -170,9 +203,10 @@ ALERTS = (
     Alert(
         "MoeMonitorDropping",
         "warning",
+        # A client that keeps sending a `moe_trace` which is neither 0 nor 1 loses nothing but its own trace.
         "sum without (what) (\n"
-        "  increase(moe_monitor_dropped_total[10m]) > 0\n"
-        "  or (moe_monitor_dropped_total unless moe_monitor_dropped_total offset 10m)\n"
+        '  increase(moe_monitor_dropped_total{what!="bad_moe_trace"}[10m]) > 0\n'
+        '  or (moe_monitor_dropped_total{what!="bad_moe_trace"} unless moe_monitor_dropped_total offset 10m)\n'
         ")",
         ">",
         0,
@@ -181,7 +215,8 @@ ALERTS = (
         f"About {VALUE} items were given up in ten minutes to stay within bounds.",
         "moe-monitor-self",
         shape="%.0f",
-        details="moe_monitor_dropped_total{SELF} > 0",
+        details='moe_monitor_dropped_total{what!="bad_moe_trace",SELF} > 0',
+        heading="So far",
     ),
     Alert(
         "MoeMonitorErrors",
@@ -198,6 +233,7 @@ ALERTS = (
         "moe-monitor-self",
         shape="%.0f",
         details="moe_monitor_errors_total{SELF} > 0",
+        heading="So far",
     ),
     Alert(
         "MoeBaselineUnusable",

@@ -14,8 +14,10 @@ DASHBOARDS = {
     "moe-monitor-overview": "MoE / 1 Overview",
     "moe-monitor-layers": "MoE / 2 Layers and experts",
     "moe-monitor-ranks": "MoE / 3 Expert parallelism",
+    "moe-monitor-latency": "MoE / 4 Latency",
     "moe-monitor-requests": "MoE / 5 Requests",
     "moe-monitor-self": "MoE / 6 The monitor itself",
+    "moe-monitor-runbooks": "MoE / 7 Runbooks",
 }
 
 TAG = "moe-monitor"
@@ -30,8 +32,10 @@ def _variable(name: str, label: str, query: str, *, several: bool, description: 
     return made.current(_ALL).all_value(".*") if several else made
 
 
-def variables(*, one_model: bool, layer: str, server: bool) -> list[Any]:
-    """``layer``: "one", "several" or "" (none); ``server``: also one server, for what is shown of one only."""
+def variables(*, one_model: bool, layer: str, server: bool, kind: bool) -> list[Any]:
+    """``layer``: "one", "several" or "" (none); ``server``: also one server, for what is shown of one only; ``kind``:
+    also a kind of steps, decode or prefill.
+    """
     found = 'moe_monitor_active{job="$job"'
     source = builders.DatasourceVariable("datasource").label("Data source").type("prometheus")
     made: list[Any] = [
@@ -74,6 +78,10 @@ def variables(*, one_model: bool, layer: str, server: bool) -> list[Any]:
         query = f'label_values({found},model_name=~"$model"}}, instance)'
         about = "The server whose experts are shown one by one."
         made.append(_variable("server", "One server", query, several=False, description=about))
+    if kind:
+        query = 'label_values(model_layer:moe_layer_duration_seconds:mean5m{job="$job",model_name=~"$model"}, kind)'
+        about = "Steps that only decode, or steps with prompt tokens."
+        made.append(_variable("kind", "Steps", query, several=False, description=about))
     return made
 
 
@@ -85,12 +93,18 @@ def link(uid: str, **values: str) -> str:
 
 
 def dashboard(
-    uid: str, description: str, *, one_model: bool = False, layer: str = "", server: bool = False
+    uid: str,
+    description: str,
+    *,
+    one_model: bool = False,
+    layer: str = "",
+    server: bool = False,
+    kind: bool = False,
 ) -> builders.Dashboard:
     made = builders.Dashboard(DASHBOARDS[uid]).uid(uid).description(description).tags([TAG])
     made = made.time("now-3h", "now").refresh("30s").timezone("browser").editable().version(1)
     made = made.tooltip(models.DashboardCursorSync.CROSSHAIR).variables(
-        variables(one_model=one_model, layer=layer, server=server)
+        variables(one_model=one_model, layer=layer, server=server, kind=kind)
     )
     others = builders.DashboardLink("MoE dashboards").type(models.DashboardLinkType.DASHBOARDS).tags([TAG])
     made = made.link(others.as_dropdown(True).include_vars(True).keep_time(True))

@@ -68,10 +68,9 @@ def padded(expr: str, label: str, digits: int = 2) -> str:
 
     Prometheus returns series in the order of their labels' text; only so do rows 2 and 10 come out in order.
     """
-    made = f'label_replace({expr}, "row", "$1", "{label}", "(.+)")'
-    for have in range(1, digits):
-        zeros, dots = "0" * (digits - have), "." * have
-        made = f'label_replace({made}, "row", "{zeros}$1", "{label}", "({dots})")'
+    zeros = "0" * (digits - 1)
+    made = f'label_replace({expr}, "row", "{zeros}$1", "{label}", "(.+)")'
+    made = f'label_replace({made}, "row", "$1", "row", "0*(.{{{digits},}})")'
     return f"max by (row) ({made})"
 
 
@@ -147,6 +146,20 @@ def limit_line(panel: Any, name: str, color: str) -> Any:
             models.DynamicConfigValue("custom.lineStyle", {"fill": "dash", "dash": [8, 6]}),
             models.DynamicConfigValue("custom.fillOpacity", 0),
             models.DynamicConfigValue("custom.lineWidth", 1),
+        ],
+    )
+
+
+def right_axis(panel: Any, name: str, unit: str, color: str, low: float) -> Any:
+    """Draw the series of that name by an axis of its own on the right."""
+    return panel.override_by_name(
+        name,
+        [
+            models.DynamicConfigValue("color", {"mode": "fixed", "fixedColor": color}),
+            models.DynamicConfigValue("custom.axisPlacement", "right"),
+            models.DynamicConfigValue("custom.fillOpacity", 0),
+            models.DynamicConfigValue("unit", unit),
+            models.DynamicConfigValue("min", low),
         ],
     )
 

@@ -165,6 +165,134 @@ MODELS = Group(
     ),
 )
 
+#: Mean of a stage of each layer; what the sampled steps of five minutes are too few for is left out where it matters.
+_LAYER_MEAN = """\
+rate(moe_layer_duration_seconds_sum{matchers}[5m])
+/
+(rate(moe_layer_duration_seconds_count{matchers}[5m]) > {least})"""
+
+#: Batch sizes of the passes that layer durations are of: to those, a pass with any prompt token is a prefill.
+_STEP_TOKENS = """\
+rate(moe_step_tokens_sum{kind="decode"}[5m])
+/
+(rate(moe_step_tokens_count{kind="decode"}[5m]) > 0)
+or
+label_replace(
+  sum without (kind) (rate(moe_step_tokens_sum{kind=~"prefill|mixed"}[5m]))
+  /
+  (sum without (kind) (rate(moe_step_tokens_count{kind=~"prefill|mixed"}[5m])) > 0),
+  "kind", "prefill", "", ""
+)"""
+
+#: Ten sampled steps in five minutes are the least that a comparison is made with.
+_LEAST = f"{10 / 300:.3f}"
+
+#: The slowest layer's mean, under the class of batch sizes that it was measured at: half powers of two, so that
+#: the history of a series holds comparable steps only. ``count_values`` is how a value becomes a label.
+_SLOWEST = """\
+max without (layer, stage) (
+  {mean}
+)
+* ignoring (batch) group_left (batch)
+count_values without () ("batch", round(2 ^ (round(2 * log2(engine:moe_step_tokens:mean5m)) / 2)))""".format(
+    mean=_LAYER_MEAN.replace("{matchers}", '{stage="layer"}').replace("{least}", _LEAST).replace("\n", "\n  ")
+)
+
+_OVER_PAST = """\
+engine_batch:moe_layer_duration_seconds:max5m
+/
+(
+  quantile_over_time(0.5, engine_batch:moe_layer_duration_seconds:max5m[6h] offset 30m)
+  and
+  count_over_time(engine_batch:moe_layer_duration_seconds:max5m[6h] offset 30m) >= 20
+)"""
+
+#: A rank's share of the time of the experts, over its share of their load where that is above the mean: time grows at
+#: most as load does, so on equal devices this is at most 1. Ranks of one engine only: others sample steps of their own.
+_TIME_OVER_LOAD = """\
+(
+  rate(moe_ep_rank_experts_seconds_total[5m])
+  / ignoring (ep_rank) group_left ()
+  (avg without (ep_rank) (rate(moe_ep_rank_experts_seconds_total[5m])) > 0)
+)
+/ ignoring (engine) group_left ()
+clamp_min(
+  server_rank:moe_ep_rank_tokens:rate5m
+  / ignoring (ep_rank) group_left ()
+  (avg without (ep_rank) (server_rank:moe_ep_rank_tokens:rate5m) > 0),
+  1
+)"""
+
+
+def _ratio(above: str, below: str, how: str) -> str:
+    """``how`` is an aggregation over engines or layers."""
+    return f"{how} (rate({above}[5m]))\n/\n({how} (rate({below}[5m])) > 0)"
+
+
+_TIMED = "moe_layer_duration_seconds"
+_OF_LAYER = "sum by (job, model_name, layer, stage, kind)"
+
+LATENCY = Group(
+    "moe-monitor-latency",
+    "30s",
+    (
+        Recording("engine:moe_step_tokens:mean5m", _STEP_TOKENS),
+        Recording(
+            "engine:moe_layer_duration_seconds:mean5m",
+            _ratio(f"{_TIMED}_sum", f"{_TIMED}_count", "sum without (layer)"),
+        ),
+        Recording("engine_batch:moe_layer_duration_seconds:max5m", _SLOWEST),
+        Recording(
+            "engine:moe_step_moe:share5m",
+            "rate(moe_step_moe_seconds_total[5m])\n/\n(rate(moe_step_timed_seconds_total[5m]) > 0)",
+        ),
+        Recording("engine:moe_imbalance_cost:mean", "avg without (layer) (moe_imbalance_cost_ratio)"),
+        Recording("engine_rank:moe_ep_rank_experts_time:excess5m", _TIME_OVER_LOAD),
+        Recording(
+            "model_layer:moe_layer_duration_seconds:mean5m", _ratio(f"{_TIMED}_sum", f"{_TIMED}_count", _OF_LAYER)
+        ),
+        Recording(
+            "model_layer:moe_layer_duration_seconds:max5m",
+            "max by (job, model_name, layer, kind) (\n  "
+            + _LAYER_MEAN.replace("{matchers}", '{stage="layer"}').replace("{least}", "0").replace("\n", "\n  ")
+            + "\n)",
+        ),
+        Recording(
+            "model_layer:moe_layer_flops:rate5m",
+            "sum by (job, model_name, layer, kind) (rate(moe_layer_sampled_flops_total[5m]))\n/\n"
+            f'(sum by (job, model_name, layer, kind) (rate({_TIMED}_sum{{stage="experts"}}[5m])) > 0)',
+        ),
+        Recording("model_layer:moe_imbalance_cost:mean", "avg by (job, model_name, layer) (moe_imbalance_cost_ratio)"),
+        Recording(
+            "model_kind_le:moe_step_duration_seconds:rate5m",
+            "sum by (job, model_name, kind, le) (rate(moe_step_duration_seconds_bucket[5m]))",
+        ),
+        Recording(
+            "model_kind:moe_step_duration_seconds:mean5m",
+            _ratio(
+                "moe_step_duration_seconds_sum", "moe_step_duration_seconds_count", "sum by (job, model_name, kind)"
+            ),
+        ),
+        # vLLM's own, to stand beside ours. Means, because its first bucket of the inter-token latency ends at 10 ms.
+        *(
+            recording
+            for name in ("inter_token_latency_seconds", "time_to_first_token_seconds")
+            for recording in (
+                Recording(
+                    f"model:vllm_{name}:mean5m",
+                    _ratio(f"vllm:{name}_sum", f"vllm:{name}_count", "sum by (job, model_name)"),
+                ),
+                Recording(
+                    f"model_le:vllm_{name}:rate5m", f"sum by (job, model_name, le) (rate(vllm:{name}_bucket[5m]))"
+                ),
+            )
+        ),
+    ),
+)
+
+#: Reads six hours of one series an engine, kind and batch size.
+PAST = Group("moe-monitor-past", "1m", (Recording("engine_batch:moe_layer_duration_seconds:over_past", _OVER_PAST),))
+
 REQUESTS = Group(
     "moe-monitor-requests",
     "30s",
@@ -183,5 +311,5 @@ REQUESTS = Group(
     ),
 )
 
-GROUPS = (MATRIX, LAYERS, ENGINES, MODELS, RANKS, REQUESTS)
+GROUPS = (MATRIX, LAYERS, ENGINES, MODELS, RANKS, LATENCY, PAST, REQUESTS)
 NAMES = tuple(rule.name for group in GROUPS for rule in group.rules)

@@ -41,16 +41,16 @@ def _details(alert: Alert) -> str:
     """A template that asks Prometheus for the layers concerned, when the alert fires."""
     if not alert.details:
         return ""
-    before, after = alert.details.split("SELF")
-    quoted = before.replace('"', '\\"')
     matchers = ",".join(f"{name}=%q" for name in SELF)
-    values = " ".join(f"$labels.{name}" for name in SELF)
-    # Of the three labels a query's answer has one.
-    own = "{{ with .Labels.layer }}layer {{ . }}{{ end }}{{ .Labels.where }}{{ .Labels.what }}: "
-    item = own + '{{ .Value | printf "%.2f" }}; '
-    after = after.replace('"', '\\"')
-    heading = "So far" if "_total" in alert.details and "layer" not in alert.query else "Worst"
-    return f' {heading}: {{{{ range query (printf "{quoted}{matchers}{after}" {values}) }}}}{item}{{{{ end }}}}'
+    query = alert.details.replace('"', '\\"').replace("SELF", matchers)
+    values = " ".join(f"$labels.{name}" for name in SELF * alert.details.count("SELF"))
+    # Of these labels a query's answer has one, or a layer and its kind.
+    own = (
+        "{{ with .Labels.layer }}layer {{ . }}{{ end }}{{ with .Labels.kind }} in {{ . }}{{ end }}"
+        "{{ with .Labels.ep_rank }}rank {{ . }}{{ end }}{{ .Labels.where }}{{ .Labels.what }}: "
+    )
+    item = own + f"{{{{ .Value | {alert.print} }}}}; "
+    return f' {alert.heading}: {{{{ range query (printf "{query}" {values}) }}}}{item}{{{{ end }}}}'
 
 
 def prometheus_alert(alert: Alert) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from moe_monitor.capture.transformers.detect import Seam, read
 from moe_monitor.capture.transformers.latency import Clock
+from moe_monitor.catalog import STAGES
 
 #: Attribute of tapped modules; also the sign that a module is tapped.
 TAP = "_moe_monitor_tap"
-ROUTER, EXPERTS, LAYER = range(3)
+ROUTER, EXPERTS, LAYER = (STAGES.index(stage) for stage in ("router", "experts", "layer"))
 
 _ABSENT = object()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_monitor.capture.meter import accumulate, fixed, row_stats
-from moe_monitor.layout import HISTOGRAMS, SCALARS, RowLayout, edges
+from moe_monitor.layout import SCALARS, RowLayout, edges
 
 #: Most bytes of logits that are stacked at once.
 CHUNK_BYTES = 64 << 20
@@ -48,44 +48,51 @@ def accumulate_masked(logits: Tensor, ids: Tensor, real: Tensor, scoring: str, l
     """What :func:`moe_monitor.capture.meter.accumulate` gives for the rows where ``real``, without synchronisation.
 
     ``logits`` [layers, tokens, experts], ``ids`` [layers, tokens, k], ``real`` bool [tokens] -> int64 [layers, width].
-    ``bincount`` and boolean indexing wait for the device to learn their result's size; this scatters instead.
+    ``bincount`` and boolean indexing wait for the device to learn their result's size; this scatters instead. What
+    costs is the number of kernels, not their size, so all columns that count go into one scatter.
     """
     layers, _, experts = logits.shape
     stats = row_stats(logits, ids, scoring)
     real = real.expand(layers, -1)
     finite = stats.finite & real
     chosen = (ids >= 0) & (ids < experts) & real[..., None]
-    counts = torch.zeros((layers, experts), dtype=torch.int64, device=ids.device)
-    counts.scatter_add_(1, torch.where(chosen, ids, 0).long().flatten(1), chosen.long().flatten(1))
-    active = (counts > 0).sum(-1)
-    ran = real.any(-1)
+    at = layout.offsets
+    ratios = torch.stack((stats.entropy, stats.top1, stats.mass)).nan_to_num()
 
-    def histogram(values: Tensor, keep: Tensor, name: str) -> Tensor:
-        bucket = torch.bucketize(values.float().nan_to_num(), bounds(name, values.device))
-        result = torch.zeros((layers, len(edges(name)) + 1), dtype=torch.int64, device=values.device)
-        return result.scatter_add_(1, bucket, keep.long())
+    def bucket(values: Tensor, name: str) -> Tensor:
+        return torch.bucketize(values, bounds(name, values.device)) + at[name].start
 
-    def total(values: Tensor) -> Tensor:
-        return torch.where(finite, fixed(values.nan_to_num()), 0).sum(-1)
-
-    columns = {
-        "experts": counts,
-        "entropy": histogram(stats.entropy, finite, "entropy"),
-        "top1": histogram(stats.top1, finite, "top1"),
-        "mass": histogram(stats.mass, finite, "mass"),
-        "per_token": histogram(stats.per_token, real, "per_token"),
-        "active": histogram(active[:, None], ran[:, None], "active"),
-        "tokens": real.sum(-1),
-        "passes": ran.long(),
-        "nonfinite": (~stats.finite & real).sum(-1),
-        "entropy_sum": total(stats.entropy),
-        "top1_sum": total(stats.top1),
-        "mass_sum": total(stats.mass),
-        "per_token_sum": torch.where(real, stats.per_token, 0).sum(-1),
+    columns = [torch.where(chosen, ids, 0).flatten(1)]  # experts come first
+    columns += [bucket(values, name) for values, name in zip(ratios, ("entropy", "top1", "mass"), strict=True)]
+    columns.append(bucket(stats.per_token.float(), "per_token"))
+    weights = torch.cat((chosen.flatten(1), finite, finite, finite, real), dim=1)
+    rows = torch.zeros((layers, layout.width), dtype=torch.int64, device=ids.device)
+    rows.scatter_add_(1, torch.cat(columns, dim=1), weights.long())
+    active = (rows[:, at["experts"]] > 0).sum(-1)
+    ran = real.any(-1).long()
+    rows.scatter_add_(1, bucket(active.float(), "active")[:, None], ran[:, None])
+    entropy, top1, mass = torch.where(finite, fixed(ratios), 0).sum(-1)
+    tokens = real.sum(-1)
+    scalars = {
+        "tokens": tokens,
+        "passes": ran,
+        "nonfinite": tokens - finite.sum(-1),
+        "entropy_sum": entropy,
+        "top1_sum": top1,
+        "mass_sum": mass,
+        "per_token_sum": chosen.sum((1, 2)),
         "active_sum": active,
     }
-    assert set(columns) == set(HISTOGRAMS) | set(SCALARS) | {"experts"}
-    return torch.cat([columns[n][:, None] if n in SCALARS else columns[n] for n in layout.offsets], dim=1)
+    rows[:, layout.at(SCALARS[0]) :] = torch.stack([scalars[name] for name in SCALARS], dim=1)
+    return rows
+
+
+def load_of(ids: list[Tensor], experts: int) -> Tensor:
+    """All that a pass computed, padding included: ``ids`` [tokens, k] of each layer -> int64 [layers, experts]."""
+    stack = torch.stack(ids)
+    chosen = (stack >= 0) & (stack < experts)
+    counts = torch.zeros((len(ids), experts), dtype=torch.int64, device=stack.device)
+    return counts.scatter_add_(1, torch.where(chosen, stack, 0).long().flatten(1), chosen.long().flatten(1))
 
 
 def rows_of_pass(
@@ -107,7 +114,7 @@ def rows_of_pass(
     step = max(1, CHUNK_BYTES // max(1, 4 * logits[0].numel()))
     parts = []
     for at in range(0, len(logits), step):
-        stack = torch.stack([x.float() for x in logits[at : at + step]])
+        stack = torch.stack(logits[at : at + step]).float()
         chosen = torch.stack(ids[at : at + step])
         if on_cpu:
             parts.append(accumulate(stack, chosen, scoring, layout))

@@ -33,6 +33,20 @@ def _past(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return length() if length is not None else 0
 
 
+def shape(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """(sequences, tokens of each) of a call, padding included."""
+    ids = argument(names, args, kwargs, "input_ids")
+    stream: Any = ids if ids is not None else argument(names, args, kwargs, "inputs_embeds")
+    return int(stream.shape[0]), int(stream.shape[1])
+
+
+def lengths(kwargs: dict[str, Any], each: int) -> int | Tensor:
+    """Tokens that every request brings to a pass: ``each``, or in continuous batching cumulative ones [requests+1]."""
+    if "write_index" in kwargs and isinstance(ends := kwargs.get("cu_seq_lens_q"), Tensor):
+        return ends.clone()  # the next pass writes its own into the same memory
+    return each
+
+
 def real_tokens(
     names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], skip: tuple[int, ...]
 ) -> tuple[Tensor | None, Tensor | None]:

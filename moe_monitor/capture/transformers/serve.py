@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_monitor import settings
-from moe_monitor.capture.transformers.session import Monitor, monitor
+from moe_monitor.capture.transformers.entry import monitor
+from moe_monitor.capture.transformers.session import Monitor
 
 logger = logging.getLogger(__name__)
 

@@ -26,12 +26,13 @@ from moe_monitor.analysis.summary import Summary, summarise
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.publisher import Publisher, Reading
 from moe_monitor.capture.transformers.attach import Taps
-from moe_monitor.capture.transformers.count import SESSIONS, Stream, bounds, rows_of_pass
+from moe_monitor.capture.transformers.count import SESSIONS, Stream, bounds, load_of, rows_of_pass
 from moe_monitor.capture.transformers.detect import find_seams
-from moe_monitor.capture.transformers.latency import Clock
 from moe_monitor.capture.transformers.recording import Recorder
 from moe_monitor.capture.transformers.spans import Spans
+from moe_monitor.capture.transformers.timings import DECODE, PREFILL, Timings
 from moe_monitor.capture.transformers.trunk import Group, Trunk, find_trunk
+from moe_monitor.latency import EngineLatency
 from moe_monitor.layout import HISTOGRAMS, RowLayout
 from moe_monitor.snapshot import EngineSnapshot
 
@@ -71,7 +72,11 @@ class Monitor:
         self.in_pass = False
         self._lock = threading.Lock()
         self._fuse = Fuse(logger)
-        self._clock = Clock(len(self.seams)) if latency else None
+        self._timings: Timings | None = None
+        if latency:
+            flops = 2 * first.matrices * first.hidden * first.inner
+            self._timings = Timings(self.layers, first.num_experts, flops)
+        self._clock = None if self._timings is None else self._timings.clock
         self._recorder = Recorder(self.layers, first.scoring, record_limit) if record else None
         self._recording: list[tuple[list[Tensor], list[Tensor]]] = []
         self._taps: Taps | None = None
@@ -166,8 +171,8 @@ class Monitor:
         with self._lock:
             for group in self.groups:
                 group.rows.zero_()
-        if self._clock is not None:
-            self._clock.reset()
+        if self._timings is not None:
+            self._timings.reset()
         if self._recorder is not None:
             self._recorder.reset()
         self._recording.clear()
@@ -203,8 +208,17 @@ class Monitor:
             if fresh is not None:
                 with self._lock:
                     rows += fresh
+            if self._timings is not None and self._timings.wants_load:
+                self._note_load(self._timings, rows, ids, fresh if stream.real is None else None)
             if self._recorder is not None:
                 self._record(self._recorder, logits, ids, stream)
+
+    def _note_load(self, timings: Timings, rows: Tensor, ids: list[Tensor], counted: Tensor | None) -> None:
+        timed = timings.clock.current
+        for group in self.groups:
+            if timed is not None and group.rows is rows:
+                load = load_of(ids, self.layout.experts) if counted is None else counted[:, : self.layout.experts]
+                timed.loads.append((group.positions, load))
 
     def _record(self, recorder: Recorder, logits: list[Tensor], ids: list[Tensor], stream: Stream) -> None:
         if logits[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -221,14 +235,31 @@ class Monitor:
 
     @torch.compiler.disable
     def pass_began(self) -> Any:
-        return None if self._spans is None else self._spans.pass_began(self)
+        began = None
+        with self._fuse.guard("begin"):
+            if self._spans is not None:
+                began = self._spans.pass_began(self)
+            if self._clock is not None:
+                self._clock.begin(self.groups[-1].device)
+        return began
+
+    @torch.compiler.disable
+    def model_ran(self, lengths: int | Tensor, tokens: int) -> None:
+        """``lengths``: tokens of every request, or cumulative ones; ``tokens``: all that were computed."""
+        with self._fuse.guard("latency"):
+            if self._clock is not None:
+                kind = lengths if isinstance(lengths, Tensor) else DECODE if lengths == 1 else PREFILL
+                self._clock.end(self.groups[-1].device, kind, tokens)
 
     @torch.compiler.disable
     def pass_ended(self, began: Any, error: BaseException | None) -> None:
-        if self._clock is not None:
-            self._clock.settle()
-        if self._spans is not None and began is not None:
-            self._spans.ended(self, began, error)
+        with self._fuse.guard("end"):
+            if self._clock is not None:
+                self._clock.finish(good=error is None and not self.off)
+                if self._clock.dropped:
+                    self._fuse.status.dropped["timed_passes"] = self._clock.dropped
+            if self._spans is not None and began is not None:
+                self._spans.ended(self, began, error)
 
     # what was seen
 
@@ -264,7 +295,16 @@ class Monitor:
             age=0.0,
             status=self._fuse.status,
             identities=[self.identity],
+            latency=self._latency(),
         )
+
+    def _latency(self) -> EngineLatency | None:
+        if self._timings is None:
+            return None
+        if self._publisher is None:  # else the publisher's thread does that
+            self._timings.clock.settle(wait=True)
+            self._timings.collect()
+        return self._timings.snapshot()
 
     def record(self) -> Record:
         """What was recorded. Raises ValueError without ``record=True`` or before the first token."""
@@ -308,6 +348,7 @@ class Monitor:
                 interval=knobs.interval,
                 log_interval=0,
                 logger=logger,
+                timings=self._timings,
             )
 
     def serve_metrics(self, port: int = 0, host: str = "127.0.0.1", directory: Path | None = None) -> str:
@@ -352,49 +393,3 @@ class Monitor:
 
 def _name(model: nn.Module) -> str:
     return type(model).__name__
-
-
-def monitor(
-    model: nn.Module,
-    *,
-    layers: Sequence[int] | None = None,
-    latency: bool = True,
-    record: bool = False,
-    record_limit: int = 2 << 30,
-    skip_token_ids: Iterable[int] = (),
-    model_name: str | None = None,
-) -> Monitor:
-    """A monitor for a transformers mixture-of-experts model; use ``with``, or ``start`` and ``stop``.
-
-    layers: indices of the MoE layers to watch; None all. latency: time router, experts and block of each layer
-    (eager passes only; compiled code cannot be timed from outside). record: keep every token's probabilities and
-    choices on the host, up to ``record_limit`` bytes, for exact quantiles and for analyses. skip_token_ids: input
-    tokens that are not counted, for example the padding that ``generate`` feeds for sequences that have ended, which
-    its attention mask shows as real. Padding by attention mask is never counted.
-
-    Raises UnsupportedModelError (a ValueError) for models that cannot be monitored. A failure during a pass switches
-    the monitor off (:attr:`Monitor.off`, one log message) and leaves the model running.
-    """
-    return Monitor(
-        model,
-        layers=layers,
-        latency=latency,
-        record=record,
-        record_limit=record_limit,
-        skip_token_ids=skip_token_ids,
-        model_name=model_name,
-    )
-
-
-def expert_counts(model: nn.Module, sequences: Iterable[Sequence[int]]) -> NDArray[np.int64]:
-    """Tokens per [layer, expert] when each token id sequence is run through the model by itself, without padding.
-
-    All tokens of a sequence are counted, also its last. For comparison with another engine's counts.
-    """
-    device = next(p.device for p in model.parameters() if p.device.type != "meta")
-    with monitor(model, latency=False) as m, torch.inference_mode():
-        for sequence in sequences:
-            model(input_ids=torch.tensor([list(sequence)], dtype=torch.long, device=device), use_cache=False)
-    if m.off:
-        raise RuntimeError(m.reason)
-    return m.snapshot().counts

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe_monitor.capture.transformers.attach import Owner, Patch, Taps
 from moe_monitor.capture.transformers.count import Stream, count_pass
 from moe_monitor.capture.transformers.detect import Seam, UnsupportedModelError
-from moe_monitor.capture.transformers.mask import MaskError, argument, positional_names, real_tokens
+from moe_monitor.capture.transformers.mask import MaskError, lengths, positional_names, real_tokens, shape
 
 TRUNK = "_moe_monitor_trunk"
 
@@ -39,6 +39,8 @@ class PassOwner(Owner, Protocol):
 
     def pass_began(self) -> Any: ...
 
+    def model_ran(self, lengths: int | Tensor, tokens: int) -> None: ...
+
     def pass_ended(self, began: Any, error: BaseException | None) -> None: ...
 
 
@@ -56,12 +58,6 @@ def find_trunk(model: nn.Module, seams: list[Seam]) -> nn.Module:
         if "attention_mask" in names and {"input_ids", "inputs_embeds"} & set(names):
             return module
     raise UnsupportedModelError("no module that holds all routers takes an attention mask and input ids or embeddings")
-
-
-def _batch(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    ids = argument(names, args, kwargs, "input_ids")
-    stream: Any = ids if ids is not None else argument(names, args, kwargs, "inputs_embeds")
-    return int(stream.shape[0])
 
 
 class Trunk:
@@ -91,7 +87,7 @@ class Trunk:
             readable = True
         except MaskError:
             real, tokens, readable = None, None, False
-        batch = _batch(names, args, kwargs)
+        batch, _ = shape(names, args, kwargs)
         self.taps.clear()
         owner.in_pass = True  # after a graph break some routers may run in eager mode
         out = self.inner(*args, **kwargs)
@@ -112,7 +108,8 @@ class Trunk:
         owner = self.owner
         try:
             real, tokens = real_tokens(self.names, args, kwargs, owner.skip)
-            batch = _batch(self.names, args, kwargs)
+            batch, length = shape(self.names, args, kwargs)
+            each = lengths(kwargs, length)
         except Exception as error:
             owner.fail("attention mask", error)
             return self.inner(*args, **kwargs)
@@ -122,6 +119,7 @@ class Trunk:
         failure: BaseException | None = None
         try:
             out = self.inner(*args, **kwargs)
+            owner.model_ran(each, batch * length)
             if not owner.off:
                 self._hand_over(Stream(real, tokens, batch))
         except BaseException as error:

@@ -12,13 +12,15 @@ import os
 import socket
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 import moe_monitor
+from moe_monitor.capture.clock import ROUTE_BEGIN, ROUTE_END
 from moe_monitor.capture.cuda import CudaMeter
+from moe_monitor.capture.device_clock import TWINS_MIB
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.meter import Meter
 from moe_monitor.capture.publisher import Publisher, Reading
@@ -26,73 +28,22 @@ from moe_monitor.capture.requests import New, Tracer
 from moe_monitor.capture.tallies import DeviceTallies, HostTallies, slot_bytes
 from moe_monitor.capture.vllm import op
 from moe_monitor.capture.vllm.context import NotLive, Parallel, graph_key
+from moe_monitor.capture.vllm.latency import Timing, work_of
+from moe_monitor.capture.vllm.layers import (
+    NothingToMonitor,
+    RouterFacts,
+    facts_of,
+    moe_layers,
+    parents_of,
+    placement_of,
+)
 from moe_monitor.capture.vllm.plugin import SERVER_VARIABLE
 from moe_monitor.capture.vllm.versions import SUPPORTED, supported
 from moe_monitor.settings import Settings
 
 logger = logging.getLogger("vllm.moe_monitor")
 
-_WRAPPED = "_moe_monitor_original"
-
 Routing = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-
-class NothingToMonitor(Exception):
-    """The model, or this rank of it, has no routing to count; the message says why. No error."""
-
-
-@dataclass(frozen=True)
-class RouterFacts:
-    """What the MoE layers of a model have in common; sizes of the whole layer, not of this rank's shard."""
-
-    experts: int
-    top_k: int
-    scoring: str
-    hidden_size: int
-    intermediate_size: int
-    matrices: int
-
-
-def moe_layers(model: torch.nn.Module) -> list[tuple[int, Any]]:
-    """(layer index, MoE runner) of all MoE layers on this rank, in model order."""
-    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    return [(extract_layer_index(m.layer_name), m) for m in model.modules() if isinstance(m, MoERunner)]
-
-
-def facts_of(runner: Any) -> RouterFacts:
-    """Facts of one MoE layer. Raises NothingToMonitor where its router cannot be observed."""
-    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
-
-    name = runner.layer_name
-    if runner.is_monolithic:
-        method = type(runner.routed_experts.quant_method).__name__
-        raise NothingToMonitor(f"layer {name} routes inside a monolithic kernel ({method}), which hides the choice")
-    if not isinstance(runner.router, BaseRouter):
-        raise NothingToMonitor(f"layer {name} has a router of an unknown kind ({type(runner.router).__name__})")
-    config = runner.moe_config
-    return RouterFacts(
-        experts=int(config.num_logical_experts),
-        top_k=int(runner.router.top_k),
-        scoring="sigmoid" if getattr(runner.router, "scoring_func", "softmax") == "sigmoid" else "softmax",
-        hidden_size=int(config.hidden_dim_unpadded or config.hidden_dim),
-        intermediate_size=int(config.intermediate_size),
-        matrices=3 if config.activation.is_gated else 2,
-    )
-
-
-def placement_of(runner: Any) -> dict[str, Any] | None:
-    """Which logical experts vLLM placed on this expert-parallel rank; None without expert parallelism.
-
-    Replicas of the expert-parallel load balancer move while serving and are not described.
-    """
-    config = runner.moe_config
-    expert_map = runner.expert_map
-    if not config.moe_parallel_config.use_ep or expert_map is None or runner.eplb_state is not None:
-        return None
-    local = (expert_map[: config.num_logical_experts] >= 0).nonzero().flatten().tolist()
-    return {"rank": int(config.ep_rank), "size": int(config.ep_size), "experts": local}
 
 
 def _new(request: Any) -> New:
@@ -115,19 +66,25 @@ def _parallel(config: Any) -> Parallel:
 
 
 class Capture:
-    """The monitor of one worker: fuse, meter and publisher, and the hooks that feed them."""
+    """The monitor of one worker: fuse, meter, timing and publisher, and the hooks that feed them."""
 
     def __init__(self, model_runner: Any, settings: Settings) -> None:
         self.fuse = Fuse(logger)
         self.meter: Meter | CudaMeter | None = None
+        #: Sampled passes' durations; None where nothing is timed.
+        self.timing: Timing | None = None
         self.publisher: Publisher | None = None
+        #: Whether this rank publishes counts: of ranks that route the same tokens alike only the first does.
+        self.counts = False
         #: Which requests are traced; None where none are.
         self.tracer: Tracer | None = None
+        #: Whether the model runner is trying itself out with requests that nobody sent.
+        self.warming_up = False
         #: Key of the graph under capture, where the model runner knows it and the forward context does not.
         self.capturing: Hashable | None = None
         #: Key of the graph that was replayed in this pass, likewise.
         self.replayed: Hashable | None = None
-        self._routers: list[Any] = []
+        self._wrapped: list[tuple[Any, str, Any]] = []
         self._settings = settings
         try:
             identity = self._attach(model_runner)
@@ -164,36 +121,20 @@ class Capture:
         placement = placement_of(layers[0][1])
         if placement is not None:
             identity["ep"] = placement
-        if self._parallel.tp_rank and not layers[0][1].moe_config.is_sequence_parallel:
-            return identity  # tensor-parallel ranks route the same tokens the same way; the first one counts
-        settings = self._settings
-        room = (settings.device_memory_mib << 20) // 4 // slot_bytes(len(indices), common.experts)
-        slots = min(settings.max_traced, room)
-        if model_runner.device.type == "cuda":
-            on_device = DeviceTallies(slots, len(indices), common.experts) if slots else None
-            self.meter = meter = CudaMeter(
-                indices,
-                common.experts,
-                common.top_k,
-                common.scoring,
-                memory_limit=settings.device_memory_mib << 20,
-                tallies=on_device,
-                forced=settings.capture,
-            )
-            if on_device is not None:
-                possible = lambda: meter.capture != "ingraph"  # noqa: E731
-                self.tracer = Tracer(on_device, settings.sample_ratio, self.fuse.status, possible=possible)
-            wrap, self.fuse.status.capture = self._wrap_opaque, self.meter.capture
-        else:
-            self.meter = Meter(indices, common.experts, common.scoring)
-            if slots:
-                self.meter.tallies = HostTallies(slots, len(indices), common.experts)
-                self.tracer = Tracer(self.meter.tallies, settings.sample_ratio, self.fuse.status)
-            wrap, self.fuse.status.capture = self._wrap_traced, "op"
-            op.set_observer(self.observe)
-            self._mark_compile_cache(model_runner.vllm_config)
-        for position, (_, runner) in enumerate(layers):
-            wrap(runner.router, position)
+        self.counts = not self._parallel.tp_rank or bool(layers[0][1].moe_config.is_sequence_parallel)
+        if self._settings.latency_every:
+            work = work_of(layers[0][1], common, placement)
+            self.timing = Timing(self, layers, self._settings.latency_every, work, common.experts)
+            speculative = model_runner.vllm_config.speculative_config
+            self.timing.decode_tokens += int(getattr(speculative, "num_speculative_tokens", None) or 0)
+            identity["latency_every"] = self._settings.latency_every
+        # Without expert parallelism another rank's load is this one's: there is nothing to be learnt from counting it.
+        metered = self.counts or (self.timing is not None and placement is not None)
+        if not metered and self.timing is None:
+            return identity
+        (self._attach_cuda if model_runner.device.type == "cuda" else self._attach_cpu)(
+            model_runner, layers, common, metered
+        )
         logger.info(
             "moe-monitor %s counts the routing of %d layers, %d experts, top-%d",
             moe_monitor.__version__,
@@ -203,18 +144,66 @@ class Capture:
         )
         return identity
 
+    def _slots(self, layers: int, experts: int) -> int:
+        """How many requests may be traced at a time."""
+        room = (self._settings.device_memory_mib << 20) // 4 // slot_bytes(layers, experts)
+        return min(self._settings.max_traced, room) if self.counts else 0
+
+    def _attach_cuda(self, model_runner: Any, layers: list[tuple[int, Any]], facts: RouterFacts, metered: bool) -> None:
+        slots, settings = self._slots(len(layers), facts.experts), self._settings
+        if metered:
+            tallies = DeviceTallies(slots, len(layers), facts.experts) if slots else None
+            self.meter = meter = CudaMeter(
+                [index for index, _ in layers],
+                facts.experts,
+                facts.top_k,
+                facts.scoring,
+                memory_limit=(settings.device_memory_mib - (0 if self.timing is None else TWINS_MIB)) << 20,
+                tallies=tallies,
+                forced=settings.capture,
+            )
+            self.fuse.status.capture = meter.capture
+            if tallies is not None:
+                possible = lambda: meter.capture != "ingraph"  # noqa: E731
+                self.tracer = Tracer(tallies, settings.sample_ratio, self.fuse.status, possible=possible)
+        for position, (_, runner) in enumerate(layers):
+            self._wrap_opaque(runner.router, position)
+        if self.timing is not None:
+            width = 0 if self.meter is None else self.meter.layout.width
+            parents = parents_of(model_runner.model, layers)
+            self.timing.attach_cuda(layers, parents, model_runner.device, width, self._wrap)
+
+    def _attach_cpu(self, model_runner: Any, layers: list[tuple[int, Any]], facts: RouterFacts, metered: bool) -> None:
+        slots = self._slots(len(layers), facts.experts)
+        if metered:
+            self.meter = meter = Meter([index for index, _ in layers], facts.experts, facts.scoring)
+            self.fuse.status.capture = "op"
+            if slots:
+                meter.tallies = HostTallies(slots, len(layers), facts.experts)
+                self.tracer = Tracer(meter.tallies, self._settings.sample_ratio, self.fuse.status)
+        op.set_observer(self.observe)
+        for position, (_, runner) in enumerate(layers):
+            self._wrap_traced(runner.router, position)
+        if self.timing is not None:
+            self.timing.attach_cpu(layers, parents_of(model_runner.model, layers), self._wrap)
+        timed = self.timing is not None and self.timing.clock is not None
+        self._mark_compile_cache(model_runner.vllm_config, op.GRAPH_VERSION + ("t" if timed else ""))
+
     def _wrap_traced(self, router: Any, position: int) -> None:
         """Where torch.compile traces through the router (CPU): the decision leaves through an op."""
         original: Routing = router._compute_routing
+        timed = self.timing is not None
 
         def compute_routing(
             hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:
+            if timed:
+                torch.ops.moe_monitor.mark(router_logits, position, ROUTE_BEGIN)
             weights, ids = original(hidden_states, router_logits, *args, **kwargs)
             torch.ops.moe_monitor.observe(ids, router_logits, position)
             return weights, ids
 
-        self._wrap(router, original, compute_routing)
+        self._wrap(router, "_compute_routing", compute_routing)
 
     def _wrap_opaque(self, router: Any, position: int) -> None:
         """Where the whole MoE layer is one opaque op to the compiler (CUDA): plain Python, no op of ours."""
@@ -223,37 +212,45 @@ class Capture:
         def compute_routing(
             hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:
+            timing = self.timing
+            if timing is not None:
+                timing.point(position, ROUTE_BEGIN)
             weights, ids = original(hidden_states, router_logits, *args, **kwargs)
+            if timing is not None:
+                timing.point(position, ROUTE_END)
             self.observe_cuda(position, router_logits, ids)
             return weights, ids
 
-        self._wrap(router, original, compute_routing)
+        self._wrap(router, "_compute_routing", compute_routing)
 
-    def _wrap(self, router: Any, original: Routing, replacement: Routing) -> None:
-        setattr(router, _WRAPPED, original)
-        router._compute_routing = replacement
-        self._routers.append(router)
+    def _wrap(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
+        """Put ``replacement`` on a live object; :meth:`detach` undoes it."""
+        self._wrapped.append((target, name, target.__dict__.get(name)))
+        setattr(target, name, replacement)
 
     @staticmethod
-    def _mark_compile_cache(vllm_config: Any) -> None:
+    def _mark_compile_cache(vllm_config: Any, version: str) -> None:
         """The op changes the graph, so it must change the cache key: artefacts with and without it must not mix.
 
         ``additional_config`` is what vLLM hashes on behalf of plug-ins, late enough: at the first compilation.
         """
         extra = vllm_config.additional_config
         if isinstance(extra, dict) or extra is None:
-            vllm_config.additional_config = {**(extra or {}), "moe_monitor_graph": op.GRAPH_VERSION}
+            vllm_config.additional_config = {**(extra or {}), "moe_monitor_graph": version}
             return
         original = extra.compute_hash
-        extra.compute_hash = lambda: f"{original()}-moe_monitor_graph-{op.GRAPH_VERSION}"
+        extra.compute_hash = lambda: f"{original()}-moe_monitor_graph-{version}"
 
     def detach(self) -> None:
-        """Undo the wrapping of the routers."""
+        """Undo the wrapping of the live model."""
         op.set_observer(None)
-        for router in self._routers:
-            router._compute_routing = getattr(router, _WRAPPED)
-            delattr(router, _WRAPPED)
-        self._routers.clear()
+        op.set_clock(None)
+        while self._wrapped:
+            target, name, own = self._wrapped.pop()
+            if own is None:
+                delattr(target, name)
+            else:
+                setattr(target, name, own)
 
     def _publish(self, config: Any, identity: dict[str, Any], settings: Settings) -> None:
         import vllm
@@ -281,11 +278,12 @@ class Capture:
                 f"{server}.{engine}.{parallel.rank}",
                 identity,
                 self.fuse,
-                self if self.meter is not None and not self.fuse.blown else None,
+                self if self.counts and self.meter is not None and not self.fuse.blown else None,
                 interval=settings.interval,
                 log_interval=settings.log_interval,
                 logger=logger,
                 requests=self.tracer,
+                timings=self.timing,
             )
         except Exception as error:
             self.detach()
@@ -306,46 +304,71 @@ class Capture:
 
     def observe(self, layer: int, logits: torch.Tensor, ids: torch.Tensor) -> None:
         """A router has decided, on a CPU; called in every pass, real or not."""
-        if self.fuse.blown or not isinstance(self.meter, Meter) or self.meter.valid == 0:
+        if self.fuse.blown:
+            return
+        timing = self.timing
+        if timing is not None:
+            timing.host_point(layer, ROUTE_END)
+        if not isinstance(self.meter, Meter) or self.meter.valid == 0:
             return
         with self.fuse.guard("record"):
-            self.meter.observe(layer, logits, ids)
+            if timing is None:
+                self.meter.observe(layer, logits, ids)
+            else:
+                with timing.left_out():
+                    self.meter.observe(layer, logits, ids)
 
     def observe_cuda(self, layer: int, logits: torch.Tensor, ids: torch.Tensor) -> None:
         """A router has decided, on CUDA; called while a graph is captured and in passes without a graph."""
         if self.fuse.blown or not isinstance(self.meter, CudaMeter):
             return
         with self.fuse.guard("record", serving=self.meter.valid > 0):
-            key = graph_key()
-            key = self.capturing if key is None else key
+            key = None
+            if self.meter.capturing:
+                key = graph_key()
+                key = self.capturing if key is None else key
+            elif layer == 0:
+                graph_key()  # for what it refuses
             self.meter.observe(layer, logits, ids, key, self._parallel.span(logits.shape[0]))
 
     def begin_step(self, scheduled: Any) -> None:
         """The scheduler has decided on a step, with or without a pass; ``scheduled`` is its output."""
-        if self.fuse.blown or self.tracer is None:
+        if self.fuse.blown:
+            return
+        if self.timing is not None:
+            self.timing.scheduled = scheduled.num_scheduled_tokens
+        tracer = self.tracer
+        if tracer is None or (tracer.idle and not scheduled.scheduled_new_reqs):
             return
         with self.fuse.guard("requests"):
             new = [_new(request) for request in scheduled.scheduled_new_reqs]
             preempted = scheduled.preempted_req_ids or ()
-            self.tracer.step(new, preempted, scheduled.finished_req_ids, scheduled.num_scheduled_tokens)
+            tracer.step(new, preempted, scheduled.finished_req_ids, scheduled.num_scheduled_tokens)
 
     def trace_rows(self, batch: Any, scheduled: Any, computed: str, tokens: int | None = None) -> None:
         """Whose the rows of the coming pass are. ``batch`` is the model runner's, ``scheduled`` tokens by request id,
         ``computed`` names the batch's array of first positions, ``tokens`` is by default the batch's own number.
         """
-        if self.fuse.blown or self.tracer is None:
+        tracer = self.tracer
+        if self.fuse.blown or tracer is None or tracer.idle:
             return
         with self.fuse.guard("requests"):
             rows = int(batch.num_tokens) if tokens is None else tokens
-            self.tracer.rows(batch.req_ids, rows, scheduled, getattr(batch, computed))
+            tracer.rows(batch.req_ids, rows, scheduled, getattr(batch, computed))
 
     def begin_pass(self, tokens: int) -> None:
         """A real pass of ``tokens`` tokens is about to run."""
-        if self.fuse.blown or self.meter is None:
+        timing = self.timing
+        if self.fuse.blown:
+            if timing is not None:
+                timing.dummy()
             return
         with self.fuse.guard("record"):
             self.replayed = None
-            self.meter.begin_pass(tokens)
+            if self.meter is not None:
+                self.meter.begin_pass(tokens)
+        if timing is not None:
+            timing.begin(tokens)
 
     def note_graph(self) -> None:
         """A piecewise graph is about to be replayed or captured within this forward context."""
@@ -356,6 +379,8 @@ class Capture:
 
     def begin_dummy(self) -> None:
         """A warm-up, profiling or idle pass is about to run: nothing in it may be counted."""
+        if self.timing is not None:
+            self.timing.dummy()
         if self.fuse.blown or self.meter is None:
             return
         with self.fuse.guard("record", serving=False):
@@ -363,15 +388,28 @@ class Capture:
 
     def end_pass(self, tokens: int) -> None:
         """The real pass has run; ``tokens`` as in :meth:`begin_pass`, or fewer if the model runner dropped some."""
-        if self.fuse.blown or self.meter is None:
+        if self.fuse.blown:
             return
+        timing, meter = self.timing, self.meter
+        if timing is not None:
+            timing.stop()
+        key: Hashable | None = None
         with self.fuse.guard("record"):
-            if isinstance(self.meter, CudaMeter):
-                complete = self.meter.end_pass(graph_key() if self.replayed is None else self.replayed, tokens)
+            complete = True
+            if isinstance(meter, Meter):
+                complete = meter.end_pass()
             else:
-                complete = self.meter.end_pass()
+                key = graph_key() if self.replayed is None else self.replayed
+                if meter is not None:
+                    complete = meter.end_pass(key, tokens)
             if not complete:
                 raise NotLive("capture is not live: a pass ended in which not every MoE layer was seen")
+        if timing is not None:
+            timing.end(key)
+
+    def capturing_graphs(self) -> AbstractContextManager[None]:
+        """Around vLLM's capture of its CUDA graphs."""
+        return nullcontext() if self.timing is None or self.fuse.blown else self.timing.capturing()
 
     def before_capture(self, config: Any) -> None:
         """vLLM is about to capture CUDA graphs; ``config`` is its compilation config."""
@@ -382,6 +420,7 @@ class Capture:
             kinds = 2 if mode.separate_routine() else 1  # decode graphs beside mixed ones
             self.meter.before_capture(kinds * sum(config.cudagraph_capture_sizes or ()))
             self.fuse.status.capture = self.meter.capture
+            self.fuse.status.reason = self.meter.fallback
             if self.meter.fallback:
                 logger.info(
                     "moe-monitor counts inside the CUDA graphs and traces no requests, because %s", self.meter.fallback

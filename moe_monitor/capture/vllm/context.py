@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,16 @@ class NotLive(RuntimeError):
     """vLLM runs the model in a way in which routing is not captured."""
 
 
-def _context() -> Any:
+@functools.cache
+def _seam() -> tuple[Callable[[], Any], Callable[[], bool]]:
     from vllm.forward_context import get_forward_context, is_forward_context_available
 
-    return get_forward_context() if is_forward_context_available() else None
+    return get_forward_context, is_forward_context_available
+
+
+def _context() -> Any:
+    get, available = _seam()
+    return get() if available() else None
 
 
 def graph_key() -> Hashable | None:
@@ -30,6 +37,10 @@ def graph_key() -> Hashable | None:
     if mode.value == 0 or context.batch_descriptor is None:
         return None
     return (mode.name, context.batch_descriptor)
+
+
+#: Where all that a router sees is this rank's.
+_ALL = Span()
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ class Parallel:
         distinguishes: this rank's tokens alone, all ranks' one after the other, or a sequence-parallel shard.
         """
         if self.dp_size == 1:
-            return Span()
+            return _ALL
         context = _context()
         metadata = None if context is None else context.dp_metadata
         if metadata is None:

@@ -1,8 +1,10 @@
-"""The custom op through which a router's decision leaves compiled code.
+"""The custom ops through which a router's decision, and the moment, leave compiled code.
 
 On CPUs torch.compile traces straight through the router. A registered op stays in the graph as one opaque call, so
 Python runs at every step, compiled or not. It claims to change ``ids``, though it only reads them: an op without
-results or effects would be removed as dead code, and ``ids`` are always used afterwards.
+results or effects would be removed as dead code, and ``ids`` are always used afterwards. The op that marks a moment
+claims to change a tensor for the same reason, and so that it stays where it is: behind what makes that tensor, before
+what uses it.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ import torch
 from torch import Tensor
 
 Observer = Callable[[int, Tensor, Tensor], None]
+Clock = Callable[[int, int], None]
 
 #: Enters vLLM's compile-cache key; change it whenever the traced graph changes.
-GRAPH_VERSION = "1"
+GRAPH_VERSION = "2"
 
 _observer: Observer | None = None
+_clock: Clock | None = None
 _library = torch.library.Library("moe_monitor", "FRAGMENT")
 _library.define("observe(Tensor(a!) ids, Tensor logits, int layer) -> ()")
+_library.define("mark(Tensor(a!) at, int layer, int point) -> ()")
 
 
 def set_observer(observer: Observer | None) -> None:
@@ -37,6 +42,23 @@ def _observe_fake(ids: Tensor, logits: Tensor, layer: int) -> None:
     return None
 
 
+def set_clock(clock: Clock | None) -> None:
+    """Who is told that (layer position, point) is reached; None for nobody."""
+    global _clock
+    _clock = clock
+
+
+def _mark(at: Tensor, layer: int, point: int) -> None:
+    if _clock is not None:
+        _clock(layer, point)
+
+
+def _mark_fake(at: Tensor, layer: int, point: int) -> None:
+    return None
+
+
 for _key in ("CPU", "CUDA"):
     _library.impl("observe", _observe, _key)
+    _library.impl("mark", _mark, _key)
 torch.library.register_fake("moe_monitor::observe", _observe_fake, lib=_library)
+torch.library.register_fake("moe_monitor::mark", _mark_fake, lib=_library)

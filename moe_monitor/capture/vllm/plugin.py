@@ -24,6 +24,7 @@ SEAMS = {
     "vllm.v1.worker.cpu_model_runner": ("runner_v1", "patch_cpu"),
     "vllm.v1.worker.gpu.model_runner": ("runner_v2", "patch_runner"),
     "vllm.v1.worker.gpu.cudagraph_utils": ("runner_v2", "patch_graphs"),
+    "vllm.v1.worker.gpu.warmup": ("runner_v2", "patch_warmup"),
     "vllm.v1.metrics.loggers": ("frontend", "patch_loggers"),
     "vllm.v1.engine.input_processor": ("tracing", "patch_input"),
     "vllm.v1.engine.output_processor": ("tracing", "patch_output"),

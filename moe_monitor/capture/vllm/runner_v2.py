@@ -1,8 +1,8 @@
 """Seam: model runner V2 (``vllm.v1.worker.gpu.model_runner``).
 
-Its ``execute_model`` also runs the dummy passes, marked as such. Full graphs are captured and replayed by its graph
-manager, outside vLLM's forward context, so the manager's own descriptor names them; piecewise graphs are named by the
-forward context as in V1.
+Its ``execute_model`` also runs the dummy passes, marked as such, and at start-up a few passes of made-up requests that
+look like real ones in all but who calls. Full graphs are captured and replayed by its graph manager, outside vLLM's
+forward context, so the manager's own descriptor names them; piecewise graphs are named by the forward context as in V1.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
     def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # (scheduler_output, intermediate_tensors=None, dummy_run=False, ...)
         tokens = scheduler_output.total_num_scheduled_tokens
-        if kwargs.get("dummy_run", len(args) > 1 and args[1]) or tokens == 0:
+        made_up = capture.warming_up or kwargs.get("dummy_run", len(args) > 1 and args[1])
+        if made_up or tokens == 0:
             capture.begin_dummy()
-            if tokens == 0:
+            if not made_up:
                 capture.begin_step(scheduler_output)  # requests may have finished
             return execute_model(scheduler_output, *args, **kwargs)
         capture.begin_step(scheduler_output)
@@ -61,10 +62,33 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
     def prepare(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # Never called for dummy passes; what it returns tells the order of the rows.
         batch = prepare_inputs(scheduler_output, *args, **kwargs)
+        if capture.warming_up:
+            return batch
         capture.trace_rows(batch, scheduler_output.num_scheduled_tokens, "num_computed_tokens_np")
         return batch
 
     runner.prepare_inputs = prepare
+
+
+def patch_warmup(module: ModuleType) -> None:
+    """Hook for ``vllm.v1.worker.gpu.warmup``: nothing that runs within ``warmup_kernels`` is a server's work."""
+    original = module.warmup_kernels
+    if hasattr(original, SENTINEL):
+        return
+
+    @functools.wraps(original)
+    def warmup_kernels(model_runner: Any, *args: Any, **kwargs: Any) -> Any:
+        capture = getattr(model_runner, SENTINEL, None)
+        if capture is None:
+            return original(model_runner, *args, **kwargs)
+        capture.warming_up = True
+        try:
+            return original(model_runner, *args, **kwargs)
+        finally:
+            capture.warming_up = False
+
+    setattr(warmup_kernels, SENTINEL, original)
+    module.warmup_kernels = warmup_kernels  # type: ignore[attr-defined]
 
 
 def patch_graphs(module: ModuleType) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +48,12 @@ def _attach(runner: Any, patch_steps: Callable[[Any, Capture], None]) -> None:
         return
     from moe_monitor.capture.vllm.attach import Capture
 
+    start = time.perf_counter()
     capture = Capture(runner, configured)
+    capture.fuse.startup_seconds += time.perf_counter() - start
     setattr(runner, SENTINEL, capture)
     atexit.register(capture.close)
-    if capture.fuse.blown or capture.meter is None:
+    if capture.fuse.blown or (capture.meter is None and capture.timing is None):
         return
     patch_steps(runner, capture)
     patch_dummies(runner, capture)
@@ -68,7 +71,8 @@ def patch_dummies(runner: Any, capture: Capture) -> None:
     @functools.wraps(capture_model)
     def capture_graphs(*args: Any, **kwargs: Any) -> Any:
         capture.before_capture(runner.compilation_config)
-        return capture_model(*args, **kwargs)
+        with capture.capturing_graphs():
+            return capture_model(*args, **kwargs)
 
     runner._dummy_run = dummy
     runner.capture_model = capture_graphs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_assets.alerts import RUNBOOKS
+from moe_assets.dashboards.latency import PAST, PAST_RECORD
 from moe_assets.frame import dashboard, link
 from moe_assets.panels import (
     ENGINE,
@@ -67,7 +67,7 @@ def _state() -> Row:
             (
                 number(
                     Spec(
-                        "Worst drift, of its limit",
+                        "Worst drift, of limit",
                         "Distance from the baseline in the worst layer, in multiples of what the deployment's own "
                         "variability and sampling explain. 1 is the limit, where the alert begins.",
                         [Query(f"max(engine:moe_routing_drift:excess5m{{{ENGINE}}})")],
@@ -77,12 +77,12 @@ def _state() -> Row:
                         no_value=NO_BASELINE,
                     )
                 ),
-                4,
+                3,
             ),
             (
                 number(
                     Spec(
-                        "Worst imbalance, of its limit",
+                        "Worst imbalance, of limit",
                         "Imbalance of expert load in the worst layer, in multiples of what no change "
                         "of traffic explains. "
                         "1 is the limit, where the alert begins.",
@@ -93,7 +93,7 @@ def _state() -> Row:
                         no_value=NO_BASELINE,
                     )
                 ),
-                4,
+                3,
             ),
             (
                 number(
@@ -126,6 +126,22 @@ def _state() -> Row:
             (
                 number(
                     Spec(
+                        "Layer time, of its past",
+                        "Slowest MoE layer of the worst engine, in multiples of its median over the last six hours at "
+                        "the same kind and size of batch. The alert begins at 1.5.",
+                        [Query(f"max({PAST_RECORD}{{{ENGINE}}})")],
+                        unit=TIMES,
+                        steps=PAST,
+                        decimals=1,
+                        no_value="no past yet",
+                        links=[("Latency", link("moe-monitor-latency"))],
+                    )
+                ),
+                3,
+            ),
+            (
+                number(
+                    Spec(
                         "Routed tokens",
                         "Tokens per second that pass each layer's router, prompt and generated.",
                         [Query(f"sum(engine:moe_routed_tokens:rate5m{{{ENGINE}}})")],
@@ -134,7 +150,7 @@ def _state() -> Row:
                         no_value="no traffic",
                     )
                 ),
-                4,
+                3,
             ),
         ],
     )
@@ -228,6 +244,7 @@ def _where() -> list[Row]:
             0,
         ),
         Column(f"engine:moe_ep_rank_imbalance:excess5m{{{ENGINE}}}", "EP ranks", TIMES, EXCESS, 1),
+        Column(f"max without (kind, batch) ({PAST_RECORD}{{{ENGINE}}})", "Layer time", TIMES, PAST, 1),
         Column(f"engine:moe_load_imbalance:max5m{{{ENGINE}}}", "Max/mean", "short", (), 1),
         Column(f"engine:moe_routed_tokens:rate5m{{{ENGINE}}}", "Tokens/s", "short", (), 0),
         Column(
@@ -248,7 +265,8 @@ def _where() -> list[Row]:
     )
     servers = joined(
         "Engines, worst drift first",
-        "One row an engine. Drift, imbalance and EP ranks: multiples of their limits. Empty: no baseline, no traffic.",
+        "One row an engine. Drift, imbalance and EP ranks: multiples of their limits; layer time: of its own past. "
+        "Empty: no baseline, no traffic.",
         keys,
         columns,
         "Drift",
@@ -257,11 +275,11 @@ def _where() -> list[Row]:
     labels = "alertname, severity, instance"
     firing = joined(
         "Alerts firing",
-        "Of all models. A click opens the alert's runbook.",
+        "Of all models. A click opens the runbooks.",
         [("alertname", "Alert"), ("severity", "Severity"), ("instance", "Server")],
         [Column(f'max by ({labels}) (ALERTS{{alertstate="firing",component="moe-monitor"}})', "")],
         "Severity",
-        [("Runbook", RUNBOOKS + "${__data.fields.Alert}.md")],
+        [("Runbooks", "/d/moe-monitor-runbooks")],
     )
     return [Row("Where?", 9, maps), Row("", 9, [(servers, 17), (firing, 7)])]
 

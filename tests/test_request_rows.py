@@ -1,0 +1,215 @@
+"""Whose rows are whose through the seams of both model runners, with a runner that acts like vLLM's.
+
+The runner here decides on the order of the rows, as vLLM's do (V2 puts decodes first, whatever order the scheduler
+names them in), routes at random, and keeps its own account of what each request routed. Tracer, meter and seams are
+the real ones. The real V2 runner needs a GPU: benchmarks/gpu/requests_exact.py.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_monitor import settings
+
+torch = pytest.importorskip("torch")
+
+from moe_monitor.capture.meter import Meter  # noqa: E402
+from moe_monitor.capture.requests import Tracer  # noqa: E402
+from moe_monitor.capture.tallies import HostTallies  # noqa: E402
+from moe_monitor.capture.vllm import runner_v1, runner_v2  # noqa: E402
+from moe_monitor.capture.vllm.attach import Capture  # noqa: E402
+
+LAYERS, EXPERTS, TOP_K, SLOTS = 3, 16, 2, 8
+
+
+def request(name: str, prompt: int, computed: int = 0) -> SimpleNamespace:
+    params = SimpleNamespace(extra_args={"moe_trace": 0} if name.startswith("untraced") else None)
+    return SimpleNamespace(
+        req_id=name, sampling_params=params, prompt_token_ids=[1] * prompt, num_computed_tokens=computed
+    )
+
+
+def scheduled(n: dict[str, int], new=(), preempted=(), finished=()) -> SimpleNamespace:
+    return SimpleNamespace(
+        num_scheduled_tokens=n,
+        total_num_scheduled_tokens=sum(n.values()),
+        scheduled_new_reqs=list(new),
+        preempted_req_ids=set(preempted) or None,
+        finished_req_ids=set(finished),
+    )
+
+
+class Attached(Capture):
+    """A capture that traces every request of a made-up model, without a board."""
+
+    meter: Meter
+
+    def _attach(self, model_runner: Any) -> dict[str, Any]:
+        self.meter = Meter(range(LAYERS), EXPERTS, "softmax")
+        self.meter.tallies = HostTallies(SLOTS, LAYERS, EXPERTS)
+        self.tracer = Tracer(self.meter.tallies, 1.0, self.fuse.status)
+        self.fuse.status.active = True
+        return {}
+
+    def _publish(self, *_: Any) -> None:
+        pass
+
+
+class Runner:
+    """The parts of a model runner that the seams touch. ``account``: [layers, phases, experts] by request."""
+
+    vllm_config = None
+
+    def __init__(self) -> None:
+        self.capture = Attached(self, settings.load({}))
+        self.account: dict[str, np.ndarray] = {}
+        self.computed: dict[str, int] = {}
+        self.prompts: dict[str, int] = {}
+        self._generator = torch.Generator().manual_seed(3)
+
+    def _order(self, n: dict[str, int]) -> list[str]:
+        return sorted(n, key=lambda name: (n[name], name))  # decodes first
+
+    def _begin(self, step: Any) -> list[str]:
+        for new in step.scheduled_new_reqs:
+            self.computed[new.req_id] = new.num_computed_tokens
+            self.prompts[new.req_id] = len(new.prompt_token_ids)
+        return self._order(step.num_scheduled_tokens)
+
+    def _route(self, names: list[str], n: dict[str, int], padding: int = 3) -> None:
+        """All layers route the rows of the batch and some padding; the account is kept by position."""
+        rows = sum(n.values())
+        for layer in range(LAYERS):
+            logits = torch.randn(rows + padding, EXPERTS, generator=self._generator)
+            ids = logits.topk(TOP_K).indices
+            self.capture.observe(layer, logits, ids)
+            at = 0
+            for name in names:
+                account = self.account.setdefault(name, np.zeros((LAYERS, 2, EXPERTS), dtype=np.int64))
+                for i in range(n[name]):
+                    decode = self.computed[name] + i >= self.prompts[name]
+                    np.add.at(account[layer, int(decode)], ids[at].numpy(), 1)
+                    at += 1
+
+    def advance(self, accepted: dict[str, int]) -> None:
+        for name, tokens in accepted.items():
+            self.computed[name] += tokens
+
+
+class V1(Runner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_batch = SimpleNamespace()
+        runner_v1._patch_steps(self, self.capture)
+
+    def step(self, output: Any) -> None:
+        self.execute_model(output)
+
+    def dummy(self) -> None:
+        self.capture.begin_dummy()
+        self._route([], {}, padding=4)
+
+    def execute_model(self, output: Any) -> None:
+        names = self._begin(output)
+        if names:
+            self.input_batch.req_ids = names
+            self.input_batch.num_computed_tokens_cpu = np.array([self.computed[i] for i in names])
+            self._model_forward(names, output.num_scheduled_tokens)
+
+    def _model_forward(self, names: list[str], n: dict[str, int]) -> None:
+        self._route(names, n)
+
+
+class V2(Runner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.execute_model_state = None
+        runner_v2._patch_steps(self, self.capture)
+
+    def step(self, output: Any) -> None:
+        self.execute_model(output)
+
+    def dummy(self) -> None:
+        self.execute_model(scheduled({"dummy": 4}), None, True)
+
+    def execute_model(self, output: Any, intermediate: Any = None, dummy_run: bool = False) -> None:
+        self.execute_model_state = None
+        if dummy_run:
+            self._route([], {}, padding=4)
+            return
+        names = self._begin(output)
+        if not names:
+            return
+        batch = self.prepare_inputs(output, SimpleNamespace())
+        self._route(batch.req_ids, output.num_scheduled_tokens)
+        self.execute_model_state = SimpleNamespace(input_batch=batch)
+
+    def prepare_inputs(self, output: Any, batch_desc: Any) -> SimpleNamespace:
+        names = self._order(output.num_scheduled_tokens)
+        return SimpleNamespace(
+            req_ids=names,
+            num_tokens=output.total_num_scheduled_tokens,
+            num_computed_tokens_np=np.array([self.computed[i] for i in names]),
+        )
+
+
+@pytest.mark.parametrize("kind", [V1, V2])
+def test_rows_follow_the_runners_own_batch(kind: type[Runner]) -> None:
+    """Chunked prefill, a prefix hit, speculative tokens that are partly rejected, preemption and resumption, an abort,
+    dummy passes in between; untraced requests beside them.
+    """
+    runner = kind()
+    step = lambda n, accepted=None, **more: (  # noqa: E731
+        runner.step(scheduled(n, **more)),
+        runner.advance(n if accepted is None else accepted),
+    )
+    runner.dummy()
+    step({"long": 7, "untraced": 2, "hit": 1}, new=[request("long", 12), request("untraced", 2), request("hit", 6, 5)])
+    step({"hit": 4, "long": 5, "untraced": 1}, {"hit": 2, "long": 5, "untraced": 1})  # hit: 3 drafts, 1 accepted
+    runner.dummy()
+    step({"untraced": 1, "long": 4, "hit": 4}, {"untraced": 1, "long": 4, "hit": 1})
+    step({"hit": 1, "late": 3}, new=[request("late", 9)], preempted=["long"])
+    runner.computed["long"] = 0  # V2 gets a resumed request as a new one, V1 knows it
+    resumed = [request("long", 12)] if kind is V2 else []
+    step({"long": 17, "hit": 1}, new=resumed, finished=["late"])  # late: aborted within its prompt
+    step({"long": 1}, finished=["hit"])
+    step({}, {}, finished=["long", "untraced"])
+
+    capture = runner.capture
+    assert capture.fuse.status.errors == {}
+    assert capture.fuse.status.dropped == {}
+    told = {tally.meta.id: tally for tally in capture.tracer.drain(SLOTS)}
+    assert set(told) == {"long", "hit", "late"}
+    for name, tally in told.items():
+        assert np.array_equal(tally.counts, runner.account[name]), name
+    assert told["long"].meta.preemptions == 1
+    assert told["hit"].meta.cached_tokens == 5
+    total = sum(account.sum(axis=1) for account in runner.account.values())
+    assert np.array_equal(capture.meter.layout.column(capture.meter.read_rows(), "experts"), total)
+
+
+def test_rows_that_the_runner_dropped_are_nobodys() -> None:
+    """Adaptive verification runs fewer draft tokens than were scheduled, and does not say whose."""
+    runner = V2()
+    prepare = runner.prepare_inputs
+    runner.step(scheduled({"a": 3}, new=[request("a", 3)]))
+    runner.advance({"a": 3})
+
+    def fewer(n: dict[str, int]) -> None:
+        batch = prepare(scheduled({"a": 2}), None)
+        runner.capture.trace_rows(batch, n, "num_computed_tokens_np")
+
+    fewer({"a": 4})
+    assert runner.capture.fuse.status.dropped == {"unattributed_passes": 1}
+
+
+def test_the_seams_row_names_are_the_runners() -> None:
+    """A tracer that the V2 seam cannot feed is switched off rather than wrong."""
+    runner = V2()
+    bare = SimpleNamespace(execute_model=lambda *_: None)
+    runner_v2._patch_steps(bare, runner.capture)
+    assert runner.capture.tracer is None

@@ -1,0 +1,129 @@
+"""The seam of model runner V2, on a runner of its shape: which passes are a server's work.
+
+vLLM's own V2 runner needs Triton and a GPU; ``benchmarks/gpu/requests_exact.py`` runs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moe_monitor.capture.vllm import runner_v2
+from moe_monitor.capture.vllm.runners import SENTINEL
+
+
+class Capture:
+    """Records what the seam says of each pass."""
+
+    def __init__(self) -> None:
+        self.warming_up = False
+        self.said: list[Any] = []
+        self.tracer = object()
+        self.fuse = SimpleNamespace(guard=lambda *_, **__: contextlib.nullcontext())
+
+    def begin_step(self, scheduled: Any) -> None:
+        self.said.append("step")
+
+    def begin_pass(self, tokens: int) -> None:
+        self.said.append(("pass", tokens))
+
+    def begin_dummy(self) -> None:
+        self.said.append("dummy")
+
+    def trace_rows(self, batch: Any, scheduled: Any, computed: str, tokens: int | None = None) -> None:
+        self.said.append(("rows", batch))
+
+    def end_pass(self, tokens: int) -> None:
+        self.said.append(("end", tokens))
+
+
+class Runner:
+    """As vLLM's: inputs are prepared for all passes but dummies; a pass leaves its batch behind."""
+
+    execute_model_state: Any = None
+
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None, dummy_run: bool = False) -> None:
+        self.execute_model_state = None
+        if scheduler_output.total_num_scheduled_tokens and not dummy_run:
+            self.prepare_inputs(scheduler_output)
+            tokens = scheduler_output.total_num_scheduled_tokens
+            self.execute_model_state = SimpleNamespace(input_batch=SimpleNamespace(num_tokens=tokens))
+
+    def prepare_inputs(self, scheduler_output: Any) -> str:
+        return "batch"
+
+
+def output(**tokens: int) -> Any:
+    return SimpleNamespace(total_num_scheduled_tokens=sum(tokens.values()), num_scheduled_tokens=tokens)
+
+
+@pytest.fixture
+def runner() -> Any:
+    made: Any = Runner()
+    capture = Capture()
+    setattr(made, SENTINEL, capture)
+    runner_v2._patch_steps(made, capture)  # type: ignore[arg-type]
+    yield made
+    runner_v2._active = None
+
+
+def said(runner: Any) -> list[Any]:
+    capture = getattr(runner, SENTINEL)
+    result, capture.said = capture.said, []
+    return result
+
+
+def test_a_real_pass(runner: Any) -> None:
+    runner.execute_model(output(a=3, b=1))
+    assert said(runner) == ["step", ("pass", 4), ("rows", "batch"), ("end", 4)]
+
+
+def test_a_dummy_pass_is_not_counted(runner: Any) -> None:
+    runner.execute_model(output(a=8), None, True)
+    runner.execute_model(output(a=8), dummy_run=True)
+    assert said(runner) == ["dummy", "dummy"]
+
+
+def test_a_step_without_tokens_tells_which_requests_have_ended(runner: Any) -> None:
+    runner.execute_model(output())
+    assert said(runner) == ["dummy", "step"]
+
+
+def test_warming_kernels_up_is_no_work(runner: Any) -> None:
+    """vLLM sends itself requests at start-up, through the same calls as real ones."""
+
+    def warmup_kernels(model_runner: Any, execute_model: Any, sample_tokens: Any) -> str:
+        for step in (output(_warmup_0_=2, _warmup_1_=2), output(_warmup_0_=1, _warmup_1_=1), output()):
+            execute_model(step)
+        return "warm"
+
+    module: Any = SimpleNamespace(warmup_kernels=warmup_kernels)
+    runner_v2.patch_warmup(module)
+    patched = module.warmup_kernels
+    runner_v2.patch_warmup(module)
+    assert module.warmup_kernels is patched, "patched once"
+    assert patched(runner, runner.execute_model, None) == "warm"
+    assert said(runner) == ["dummy"] * 3
+    runner.execute_model(output(a=2))
+    assert said(runner) == ["step", ("pass", 2), ("rows", "batch"), ("end", 2)]
+
+
+def test_a_warm_up_that_fails_leaves_counting_on(runner: Any) -> None:
+    def warmup_kernels(model_runner: Any, *_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    module: Any = SimpleNamespace(warmup_kernels=warmup_kernels)
+    runner_v2.patch_warmup(module)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        module.warmup_kernels(runner, None, None)
+    runner.execute_model(output(a=2))
+    assert ("pass", 2) in said(runner)
+
+
+def test_an_unmonitored_runner_warms_up_as_ever() -> None:
+    module: Any = SimpleNamespace(warmup_kernels=lambda model_runner, *_: "warm")
+    runner_v2.patch_warmup(module)
+    assert module.warmup_kernels(Runner(), None, None) == "warm"

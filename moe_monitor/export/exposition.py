@@ -8,7 +8,7 @@ once per set of series and kept as a template with holes for the numbers, so tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,13 @@ def _bound(value: float) -> str:
 
 
 class Exposition:
-    """Writes families; keeps the text of names and labels between calls. Not thread-safe."""
+    """Writes families; keeps the text of names and labels between calls. Not thread-safe.
 
-    def __init__(self) -> None:
+    pause: called after each family, see :class:`~moe_monitor.export.collector.MoeCollector`.
+    """
+
+    def __init__(self, pause: Callable[[], None] = lambda: None) -> None:
+        self._pause = pause
         self._templates: dict[tuple[str, Labels, bytes], tuple[list[Labels], bytes, int]] = {}
         self._round = 0
 
@@ -62,9 +66,10 @@ class Exposition:
         parts: list[bytes] = []
         for members in grouped.values():
             parts.append(_head(members[0].metric, openmetrics).encode())
-            parts += [
-                self._histogram(f, openmetrics) if f.metric.kind == "histogram" else self._plain(f) for f in members
-            ]
+            for family in members:
+                histogram = family.metric.kind == "histogram"
+                parts.append(self._histogram(family, openmetrics) if histogram else self._plain(family))
+                self._pause()
         if openmetrics:
             parts.append(b"# EOF\n")
         if self._round % _KEEP == 0:  # servers come and go

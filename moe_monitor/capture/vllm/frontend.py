@@ -55,6 +55,7 @@ def collector() -> MoeCollector:
             configured.dir,
             server=os.environ.get(SERVER_VARIABLE),
             max_series=configured.max_series,
+            gentle=True,
             logger=logger,
         )
         _collector.start()

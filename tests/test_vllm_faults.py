@@ -412,7 +412,9 @@ def test_a_hostile_model_name_in_a_real_prometheus(house: House, first: Live) ->
         exporter.stop()
 
 
-@pytest.mark.skipif("MOE_TEST_ALL" not in os.environ, reason="opt-in: MOE_TEST_ALL=1; not yet steady on two cores")
+@pytest.mark.skipif(
+    "MOE_TEST_ALL" not in os.environ, reason="opt-in: MOE_TEST_ALL=1; failed in the last whole run, cause not known"
+)
 def test_an_api_server_is_killed_and_started_again(house: House, first: Live) -> None:
     """What is left of the killed one is not shown; the new one begins at zero; the other server notices nothing."""
     second = house.second
@@ -439,7 +441,9 @@ def test_an_api_server_is_killed_and_started_again(house: House, first: Live) ->
     house.second = again
 
 
-@pytest.mark.skipif("MOE_TEST_ALL" not in os.environ, reason="opt-in: MOE_TEST_ALL=1; not yet steady on two cores")
+@pytest.mark.skipif(
+    "MOE_TEST_ALL" not in os.environ, reason="opt-in: MOE_TEST_ALL=1; failed in the last whole run, cause not known"
+)
 def test_a_worker_is_killed(house: House, first: Live) -> None:
     """vLLM ends the server. While it does, and afterwards, no stale number is shown and no board is left."""
     second = house.second
@@ -460,7 +464,9 @@ def test_a_worker_is_killed(house: House, first: Live) -> None:
     first.check_exact()
 
 
-@pytest.mark.skipif("MOE_TEST_ALL" not in os.environ, reason="opt-in: MOE_TEST_ALL=1; not yet steady on two cores")
+@pytest.mark.skipif(
+    "MOE_TEST_ALL" not in os.environ, reason="opt-in: MOE_TEST_ALL=1; failed in the last whole run, cause not known"
+)
 def test_processes_stay_as_large_as_they_were(house: House, first: Live) -> None:
     """The short form of `benchmarks/soak.py`: after all of the above, thousands of requests and hundreds of scrapes."""
     assert set(house.sizes) == set(group(first.server.process.pid))

@@ -45,12 +45,15 @@ SOMETIMES = (
 
 
 class Load:
-    """Three clients that send prompts of all lengths until stopped, or for seven minutes."""
+    """A client that sends prompts of all lengths until stopped, or for seven minutes.
+
+    One alone: a decode step then has one token however slow the server is, so layer times have a comparable past.
+    """
 
     def __init__(self, server: Server) -> None:
         self.server, self.stopped, self.sent = server, threading.Event(), 0
         self.until, self.pause = time.monotonic() + 420, 0.0
-        self.threads = [threading.Thread(target=self._run, args=(i,)) for i in range(3)]
+        self.threads = [threading.Thread(target=self._run, args=(i,)) for i in range(1)]
 
     def _run(self, client: int) -> None:
         draw = random.Random(client)

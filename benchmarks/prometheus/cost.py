@@ -118,9 +118,8 @@ def measure(url, pid, minutes, targets):
                 best = min(best, time.perf_counter() - began)
             costs.append((round(best * 1000, 1), uid, panel["title"]))
     costs.sort(reverse=True)
-    recorded = json.loads(get(url + "/api/v1/query", query='count({__name__=~".+:.+",__name__!~"vllm:.+"})'))["data"][
-        "result"
-    ]
+    ours = 'count({__name__=~".+:.+",__name__!~"vllm:.+"})'
+    recorded = json.loads(get(url + "/api/v1/query", query=ours))["data"]["result"]
     return {
         "series_in_head": int(series),
         "series_recorded": int(float(recorded[0]["value"][1])),

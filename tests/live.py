@@ -45,8 +45,8 @@ class Live:
         """What the server answers while nothing is wrong."""
         self.known = {which: self.ask(which) for which in range(len(PROMPTS))}
 
-    def load(self, seconds: float | None = None, workers: int = 3) -> Load:
-        return Load(self, workers, seconds)
+    def load(self, seconds: float | None = None, workers: int = 3, pause: float = 0) -> Load:
+        return Load(self, workers, seconds, pause)
 
     def expected(self) -> np.ndarray:
         """[layers, experts] of everything answered so far, from transformers."""
@@ -96,11 +96,11 @@ def sizes(pid: int) -> dict[str, int]:
 class Load:
     """Requests all the time while the block runs; at its end none has failed and no token is another than before.
 
-    ``seconds`` bounds it whatever happens in the block.
+    seconds: bounds it whatever happens in the block. pause: between requests, where others need the machine too.
     """
 
-    def __init__(self, live: Live, workers: int, seconds: float | None) -> None:
-        self.live, self.end = live, time.monotonic() + (seconds or 120)
+    def __init__(self, live: Live, workers: int, seconds: float | None, pause: float) -> None:
+        self.live, self.end, self.pause = live, time.monotonic() + (seconds or 120), pause
         self.stopped = threading.Event()
         self.wrong: list[str] = []
         self.done = 0
@@ -119,6 +119,7 @@ class Load:
             if tokens != self.live.known[which]:
                 self.wrong.append(f"prompt {which}: {tokens}")
             self.done += 1
+            self.stopped.wait(self.pause)
 
     def progress(self, requests: int = 6) -> None:
         """Wait until so many more requests were answered."""
@@ -149,18 +150,22 @@ class Scrapes:
         self.source, self.pause = source, pause
         self.stopped = threading.Event()
         self.answers: list[Any] = []
+        #: When each of them was asked for, on the monotonic clock.
+        self.asked: list[float] = []
         self.refused = 0
         self.wrong: list[str] = []
         self.thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
         while not self.stopped.wait(self.pause):
+            asked = time.monotonic()
             try:
                 if isinstance(self.source, Server):
                     text = self.source.get("/metrics")[0].decode()
                 else:
                     text = self.source.render().decode()
                 self.answers.append(parse(text))
+                self.asked.append(asked)
             except urllib.error.HTTPError as error:
                 self.wrong.append(f"{error!r}")
             except OSError:

@@ -6,7 +6,6 @@ times are shortened: a second for every minute of the rules.
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import threading
@@ -90,9 +89,6 @@ def receiver() -> Iterator[stack.Receiver]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(
-    "MOE_TEST_ALL" not in os.environ, reason="opt-in: MOE_TEST_ALL=1; failed in the last whole run, cause not known"
-)
 def test_a_broken_router_in_a_real_server_reaches_the_receiver(
     tiny_model: Path, tmp_path: Path, processes: stack.Processes, receiver: stack.Receiver
 ) -> None:

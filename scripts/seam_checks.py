@@ -580,8 +580,8 @@ CHECKS = (
     ),
     Check(
         "runner_v1",
-        "InputBatch.req_ids, num_computed_tokens_cpu",
-        has("vllm/v1/worker/gpu_input_batch.py", "InputBatch", "req_ids", "num_computed_tokens_cpu"),
+        "InputBatch.req_ids, req_id_to_index, num_computed_tokens_cpu",
+        has("vllm/v1/worker/gpu_input_batch.py", "InputBatch", "req_ids", "req_id_to_index", "num_computed_tokens_cpu"),
     ),
     Check(
         "tracing",

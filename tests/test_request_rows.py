@@ -117,6 +117,7 @@ class V1(Runner):
         names = self._begin(output)
         if names:
             self.input_batch.req_ids = names
+            self.input_batch.req_id_to_index = {name: i for i, name in enumerate(names)}
             self.input_batch.num_computed_tokens_cpu = np.array([self.computed[i] for i in names])
             self._model_forward(names, output.num_scheduled_tokens)
 
@@ -205,6 +206,16 @@ def test_rows_that_the_runner_dropped_are_nobodys() -> None:
 
     fewer({"a": 4})
     assert runner.capture.fuse.status.dropped == {"unattributed_passes": 1}
+
+
+def test_a_batch_that_contradicts_itself_switches_the_monitor_off() -> None:
+    """Better no attribution than a wrong one."""
+    runner = V1()
+    runner.step(scheduled({"a": 3, "b": 3}, new=[request("a", 3), request("b", 3)]))
+    runner.input_batch.req_id_to_index = {"a": 1, "b": 0}
+    runner.capture.trace_rows(runner.input_batch, {"a": 2, "b": 1}, "num_computed_tokens_cpu", 3)
+    assert runner.capture.fuse.blown
+    assert "the batch says that 'a' is at 1, where 'b' is" in runner.capture.fuse.status.reason
 
 
 def test_the_seams_row_names_are_the_runners() -> None:

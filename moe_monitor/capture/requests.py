@@ -96,7 +96,7 @@ class Tracer:
         self._free = deque(range(store.slots))
         self._live: dict[str, _Traced] = {}
         self._slot_of: dict[str, int] = {}
-        self._prompts = np.zeros(max(1, store.slots), dtype=np.int64)  # by slot
+        self._prompts = [0] * store.slots  # by slot
         self._done: deque[tuple[int, Meta | None]] = deque()
         self._ids: list[str] = []
         self._codes: Codes | None = None
@@ -197,40 +197,68 @@ class Tracer:
     def _drop(self, what: str) -> None:
         self._status.dropped[what] = self._status.dropped.get(what, 0) + 1
 
-    def rows(self, ids: Sequence[str], tokens: int, scheduled: Mapping[str, int], computed: NDArray[Any]) -> None:
+    def rows(
+        self,
+        ids: Sequence[str],
+        tokens: int,
+        scheduled: Mapping[str, int],
+        computed: NDArray[Any],
+        index: Mapping[str, int] | None = None,
+    ) -> None:
         """Whose the rows of the coming pass are: ``scheduled[id]`` rows for each of ``ids``, in this order, beginning
-        at position ``computed`` of the request; ``tokens`` in all.
+        at position ``computed`` of the request; ``tokens`` in all. ``index``: places in ``ids``, where they are known.
         """
         if not self._live:
             codes = None
         elif self._steady and tokens == len(ids) and ids == self._ids:
             codes = self._codes  # one more token each for the same requests: nothing changes
         else:
-            codes = self._attribute(ids, tokens, scheduled, computed)
+            codes = self._attribute(ids, tokens, scheduled, computed, index)
         self._codes = codes
         self._store.set_rows(codes)
 
     def _attribute(
-        self, ids: Sequence[str], tokens: int, scheduled: Mapping[str, int], computed: NDArray[Any]
+        self,
+        ids: Sequence[str],
+        tokens: int,
+        scheduled: Mapping[str, int],
+        computed: NDArray[Any],
+        index: Mapping[str, int] | None,
     ) -> Codes | None:
+        """Most requests are not traced, and under load the batch changes in every pass: so what can be is done for
+        the traced ones alone.
+        """
         self._steady = False
         if sum(scheduled.values()) != tokens:
             # The model runner dropped rows and does not say whose: better no attribution than a wrong one.
             self._drop("unattributed_passes")
             return None
-        slots = np.fromiter(map(self._slot_of.get, ids, itertools.repeat(-1)), np.int32, len(ids))
-        traced = slots >= 0
-        self._ids, self._steady = list(ids), tokens == len(ids)
-        if not traced.any():
-            return None
-        prefill = np.where(traced, self._prompts[slots] - computed[: len(ids)], 0)  # rows before the prompt's end
-        if tokens == len(ids):
-            self._steady = not (prefill > 0).any()
-            return np.where(traced, 2 * slots + (prefill <= 0), -1).astype(np.int32)
-        n = np.fromiter(map(scheduled.__getitem__, ids), np.int64, len(ids))
-        place = np.arange(tokens) - np.repeat(np.cumsum(n) - n, n)
-        codes = np.repeat(2 * slots, n) + (place >= np.repeat(prefill, n))
-        return np.where(np.repeat(traced, n), codes, -1).astype(np.int32)
+        single = tokens == len(ids)  # a row for each request
+        starts = range(tokens + 1) if single else [0, *itertools.accumulate(map(scheduled.__getitem__, ids))]
+        if index is None:
+            index = dict(zip(ids, range(len(ids)), strict=True))
+        codes: Codes | None = None
+        prompts, decoding = self._prompts, True
+        for name, slot in self._slot_of.items():
+            at = index.get(name)
+            if at is None:
+                continue  # waiting for its turn
+            if ids[at] != name:
+                raise ValueError(f"the batch says that {name!r} is at {at}, where {ids[at]!r} is")
+            if codes is None:
+                codes = np.full(tokens, -1, np.int32)
+            left = prompts[slot] - int(computed[at])  # rows before the prompt's end
+            start = starts[at]
+            if left <= 0:
+                codes[start : starts[at + 1]] = 2 * slot + 1
+                continue
+            decoding = False
+            stop = starts[at + 1]
+            codes[start:stop] = 2 * slot
+            if left < stop - start:
+                codes[start + left : stop] = 2 * slot + 1
+        self._ids, self._steady = list(ids), single and decoding
+        return codes
 
     # the publisher's thread
 

@@ -98,6 +98,9 @@ class DeviceTallies:
         self.tallies: Tallies | None = None
         self._codes: Codes | None = None
         self._sent: tuple[Codes, int, int, int] | None = None
+        self._sent_to: Tensor | None = None
+        #: Rounded number of rows -> (host as numpy, host, device) of every place of the ring: slicing takes its time.
+        self._views: dict[int, list[tuple[Codes, Tensor, Tensor]]] = {}
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -123,8 +126,9 @@ class DeviceTallies:
     def _reserve(self, rows: int) -> None:
         self._rows = torch.empty((self._RING, rows), dtype=torch.int32, device=self._device)
         self._rows_host = torch.empty((self._RING, rows), dtype=torch.int32, pin_memory=self._pinned)
-        self._rows_numpy = self._rows_host.numpy()
-        self._at = 0
+        self._capacity = rows
+        self._views.clear()
+        self._at = -1
 
     def set_rows(self, codes: Codes | None) -> None:
         self._codes = codes
@@ -139,18 +143,23 @@ class DeviceTallies:
         if codes is None or n <= 0:
             return None
         if self._sent is not None and self._sent[0] is codes and self._sent[1:] == (start, skip, n):
-            return self._rows[self._at]
+            return self._sent_to
         if skip + n > len(codes):
             raise ValueError(f"{len(codes)} rows are attributed to requests, the router saw {skip + n}")
-        if start + n > self._rows.shape[1]:
+        if start + n > self._capacity:
             self._reserve(2 * (start + n))
         # A ring: what an earlier pass still reads stays as it is.
         self._at = (self._at + 1) % self._RING
-        span = slice(start, start + n)
-        self._rows_numpy[self._at, span] = codes[skip : skip + n]
-        self._rows[self._at, span].copy_(self._rows_host[self._at, span], non_blocking=True)
-        self._sent = (codes, start, skip, n)
-        return self._rows[self._at]
+        size = max(256, 1 << (start + n - 1).bit_length())
+        views = self._views.get(size)
+        if views is None:
+            host, device = self._rows_host[:, :size], self._rows[:, :size]
+            views = self._views[size] = [(host[i].numpy(), host[i], device[i]) for i in range(self._RING)]
+        codes_there, host_row, device_row = views[self._at]
+        codes_there[start : start + n] = codes if n == len(codes) else codes[skip : skip + n]
+        device_row.copy_(host_row, non_blocking=True)
+        self._sent, self._sent_to = (codes, start, skip, n), device_row
+        return device_row
 
     def launched_on(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream

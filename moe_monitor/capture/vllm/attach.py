@@ -348,13 +348,15 @@ class Capture:
     def trace_rows(self, batch: Any, scheduled: Any, computed: str, tokens: int | None = None) -> None:
         """Whose the rows of the coming pass are. ``batch`` is the model runner's, ``scheduled`` tokens by request id,
         ``computed`` names the batch's array of first positions, ``tokens`` is by default the batch's own number.
+        A V1 batch knows its requests' places.
         """
         tracer = self.tracer
         if self.fuse.blown or tracer is None or tracer.idle:
             return
         with self.fuse.guard("requests"):
             rows = int(batch.num_tokens) if tokens is None else tokens
-            tracer.rows(batch.req_ids, rows, scheduled, getattr(batch, computed))
+            index = getattr(batch, "req_id_to_index", None)
+            tracer.rows(batch.req_ids, rows, scheduled, getattr(batch, computed), index)
 
     def begin_pass(self, tokens: int) -> None:
         """A real pass of ``tokens`` tokens is about to run."""

@@ -276,6 +276,17 @@ def test_a_publisher_that_cannot_make_its_board_anew_tries_again(directory, capl
     publishing.close()
 
 
+def test_what_is_given_up_is_said_once(directory, caplog):
+    fuse = Fuse(logging.getLogger("test"))
+    publishing = publisher(directory, fuse)
+    for n in (1, 2):
+        fuse.status.dropped["bad_moe_trace"] = n
+        until(lambda n=n: [e.status.dropped for e in read_engines(directory)] == [{"bad_moe_trace": n}])
+    publishing.close()
+    assert caplog.text.count("moe_trace is neither 1 nor 0") == 1
+    assert "what=bad_moe_trace" in caplog.text
+
+
 @pytest.mark.parametrize("where", ["status", "data"])
 def test_garbage_in_a_segment_is_not_read_and_heals_with_the_next_write(writer, where):
     write(writer, 7)

@@ -208,6 +208,7 @@ def test_who_is_not_traced_has_no_span(traced: Traced) -> None:
         lambda: (s := server.metrics()) and select(s, "moe_monitor_dropped_total", what="bad_moe_trace") and s, 3
     )
     assert only(samples, "moe_monitor_dropped_total", what="bad_moe_trace") == 1
+    assert server.log.count("a request's moe_trace is neither 1 nor 0") == 1
     assert only(samples, "moe_monitor_sampled_requests_total") == before + 1
     eventually(lambda: [r for r in traced.records.found if r.meta.id.startswith("cmpl-bad-0")], 3)
     time.sleep(1)  # its span as well

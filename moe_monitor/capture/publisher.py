@@ -55,6 +55,15 @@ class Timings(Protocol):
     def collect(self) -> bool: ...
 
 
+#: What is given up (moe_monitor_dropped_total{what}) -> what the log says of it, once.
+DROPPED = {
+    "bad_moe_trace": "a request's moe_trace is neither 1 nor 0; it is served and sampled as if it had none",
+    "traced_requests": "more requests are to be traced than can be; those over it are served untraced",
+    "lost_requests": "a traced request has had no token for an hour, and no end; it is traced no longer",
+    "unattributed_passes": "the model runner dropped rows of a pass without saying whose; traced requests miss it",
+    "latency_samples": "a timed pass was given up because earlier ones were not yet worked off",
+}
+
 #: Finished requests are handed over so often, whatever the publishing interval. Seconds.
 HAND_OVER = 0.4
 
@@ -101,6 +110,7 @@ class Publisher:
         remove_dead_boards(directory)
         self._published = -1
         self._missing = False
+        self._said: set[str] = set()
         self._wake = threading.Event()
         self._stopping = False
         fuse.on_blow = self._wake.set
@@ -168,6 +178,11 @@ class Publisher:
 
     def _write_status(self) -> None:
         self._board.write("status", {"json": self._fuse.status.to_array()})
+        for what in self._fuse.status.dropped.keys() - self._said:
+            self._said.add(what)
+            if what in DROPPED:
+                counted = f"counted in moe_monitor_dropped_total, what={what}, and not said again"
+                self._logger.warning("moe-monitor: %s (%s)", DROPPED[what], counted)
 
     def _last_words(self) -> None:
         try:

@@ -8,9 +8,6 @@ slot of ``set_capture_fn`` to vLLM's own use.
 from __future__ import annotations
 
 import logging
-import os
-import socket
-import time
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -27,7 +24,8 @@ from moe_monitor.capture.publisher import Publisher, Reading
 from moe_monitor.capture.requests import New, Tracer
 from moe_monitor.capture.tallies import DeviceTallies, HostTallies, slot_bytes
 from moe_monitor.capture.vllm import op
-from moe_monitor.capture.vllm.context import NotLive, Parallel, graph_key
+from moe_monitor.capture.vllm.context import NotLive, graph_key, parallel_of
+from moe_monitor.capture.vllm.identity import board_name, process_identity
 from moe_monitor.capture.vllm.latency import Timing, work_of
 from moe_monitor.capture.vllm.layers import (
     NothingToMonitor,
@@ -37,7 +35,6 @@ from moe_monitor.capture.vllm.layers import (
     parents_of,
     placement_of,
 )
-from moe_monitor.capture.vllm.plugin import SERVER_VARIABLE
 from moe_monitor.capture.vllm.versions import SUPPORTED, supported
 from moe_monitor.settings import Settings
 
@@ -51,18 +48,6 @@ def _new(request: Any) -> New:
     prompt = request.prompt_token_ids
     length = len(request.prompt_embeds) if prompt is None else len(prompt)
     return New(request.req_id, length, request.num_computed_tokens, extra_args)
-
-
-def _parallel(config: Any) -> Parallel:
-    from vllm.distributed import get_tensor_model_parallel_rank
-
-    parallel = config.parallel_config
-    return Parallel(
-        dp_rank=int(parallel.data_parallel_rank),
-        dp_size=int(parallel.data_parallel_size),
-        tp_rank=int(get_tensor_model_parallel_rank()),
-        tp_size=int(parallel.tensor_parallel_size),
-    )
 
 
 class Capture:
@@ -114,7 +99,7 @@ class Capture:
             raise NothingToMonitor(f"its MoE layers differ from each other: {sorted(map(str, facts))}")
         (common,) = facts
         indices = [index for index, _ in layers]
-        self._parallel = _parallel(model_runner.vllm_config)
+        self._parallel = parallel_of(model_runner.vllm_config)
         self.fuse.status.active = True
         self.fuse.status.reason = ""
         identity = {"layers": indices, **common.__dict__}
@@ -187,7 +172,7 @@ class Capture:
         if self.timing is not None:
             self.timing.attach_cpu(layers, parents_of(model_runner.model, layers), self._wrap)
         timed = self.timing is not None and self.timing.clock is not None
-        self._mark_compile_cache(model_runner.vllm_config, op.GRAPH_VERSION + ("t" if timed else ""))
+        op.mark_compile_cache(model_runner.vllm_config, op.GRAPH_VERSION + ("t" if timed else ""))
 
     def _wrap_traced(self, router: Any, position: int) -> None:
         """Where torch.compile traces through the router (CPU): the decision leaves through an op."""
@@ -228,19 +213,6 @@ class Capture:
         self._wrapped.append((target, name, target.__dict__.get(name)))
         setattr(target, name, replacement)
 
-    @staticmethod
-    def _mark_compile_cache(vllm_config: Any, version: str) -> None:
-        """The op changes the graph, so it must change the cache key: artefacts with and without it must not mix.
-
-        ``additional_config`` is what vLLM hashes on behalf of plug-ins, late enough: at the first compilation.
-        """
-        extra = vllm_config.additional_config
-        if isinstance(extra, dict) or extra is None:
-            vllm_config.additional_config = {**(extra or {}), "moe_monitor_graph": version}
-            return
-        original = extra.compute_hash
-        extra.compute_hash = lambda: f"{original()}-moe_monitor_graph-{version}"
-
     def detach(self) -> None:
         """Undo the wrapping of the live model."""
         op.set_observer(None)
@@ -253,29 +225,11 @@ class Capture:
                 setattr(target, name, own)
 
     def _publish(self, config: Any, identity: dict[str, Any], settings: Settings) -> None:
-        import vllm
-
-        parallel = config.parallel_config
-        engine = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
-        server = os.environ.get(SERVER_VARIABLE, str(os.getpid()))
-        served = config.model_config.served_model_name
-        identity = {
-            **identity,
-            "version": moe_monitor.__version__,
-            "producer": "vllm",
-            "producer_version": vllm.__version__,
-            "server": server,
-            "model_name": served[0] if isinstance(served, list) else str(served),
-            "engine": str(engine),
-            "rank": {"global": int(parallel.rank), "dp": engine},
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "started": time.time(),
-        }
+        identity |= process_identity(config)
         try:
             self.publisher = Publisher(
                 settings.dir,
-                f"{server}.{engine}.{parallel.rank}",
+                board_name(identity),
                 identity,
                 self.fuse,
                 self if self.counts and self.meter is not None and not self.fuse.blown else None,

@@ -79,3 +79,16 @@ class Parallel:
         if self.tp_size > 1 and rows == shard:
             return Span(rows=shard, skip=self.tp_rank * shard)
         raise NotLive(f"capture is not live: a router saw {rows} rows, data-parallel ranks have {sizes} tokens")
+
+
+def parallel_of(config: Any) -> Parallel:
+    """Of this process, by vLLM's configuration."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    parallel = config.parallel_config
+    return Parallel(
+        dp_rank=int(parallel.data_parallel_rank),
+        dp_size=int(parallel.data_parallel_size),
+        tp_rank=int(get_tensor_model_parallel_rank()),
+        tp_size=int(parallel.tensor_parallel_size),
+    )

@@ -10,6 +10,7 @@ what uses it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,3 +63,16 @@ for _key in ("CPU", "CUDA"):
     _library.impl("mark", _mark, _key)
 torch.library.register_fake("moe_monitor::observe", _observe_fake, lib=_library)
 torch.library.register_fake("moe_monitor::mark", _mark_fake, lib=_library)
+
+
+def mark_compile_cache(vllm_config: Any, version: str) -> None:
+    """The op changes the graph, so it must change the cache key: artefacts with and without it must not mix.
+
+    ``additional_config`` is what vLLM hashes on behalf of plug-ins, late enough: at the first compilation.
+    """
+    extra = vllm_config.additional_config
+    if isinstance(extra, dict) or extra is None:
+        vllm_config.additional_config = {**(extra or {}), "moe_monitor_graph": version}
+        return
+    original = extra.compute_hash
+    extra.compute_hash = lambda: f"{original()}-moe_monitor_graph-{version}"

@@ -1,11 +1,14 @@
 """A long stretch of load on one real vLLM server: are counts exact at its end, and do its processes stay the same size?
 
-    python benchmarks/soak.py [--minutes 15] [--out benchmarks/results/soak.json]
+    python benchmarks/soak.py [--minutes 15] [--account] [--out benchmarks/results/soak.json]
 
 A tiny OLMoE on the CPU; several clients send prompts whose routing is known from transformers, half of them traced. A
 scrape a second, as fifteen Prometheus servers would send them. Every few seconds: resident memory, file
 descriptors and threads of each process of the server and of a stand-alone exporter beside it. At the end every routed
 token is compared, and the trend over the second half of the time is fitted.
+
+With --account Python's allocations are traced (tracemalloc; everything is slower): what lines of moe_monitor have
+allocated and still hold, apart from vLLM's growth. Memory of torch's tensors is not in it.
 
 How many hours it stands for: tokens and passes are given; a publisher's rounds, reads of the windows and scrapes are as
 many as in that many minutes, since their rate is set by the clock.
@@ -80,7 +83,20 @@ def trend(series: list[dict[str, float]], name: str) -> dict[str, float]:
     }
 
 
-def soak(folder: Path, model: Path, seconds: float, clients: int, every: float, *, enabled: bool) -> dict:
+def held(folder: Path, roles: dict[int, str]) -> dict[str, dict[str, list[int]]]:
+    """KiB by process, every minute: allocated by lines of moe_monitor, and by all of Python."""
+    found = {}
+    for pid, role in roles.items():
+        if (file := folder / str(pid)).exists():
+            lines = [[int(x) >> 10 for x in line.split()] for line in file.read_text().splitlines()]
+            ours, everything = zip(*lines, strict=True)
+            found[role] = {"moe_monitor_kib": list(ours), "python_kib": list(everything)}
+    return found
+
+
+def soak(
+    folder: Path, model: Path, seconds: float, clients: int, every: float, *, enabled: bool, account: bool = False
+) -> dict:
     """Load a server for so long. Raises AssertionError when a token or a count is wrong."""
     env = {
         "MOE_MONITOR_ENABLED": str(int(enabled)),
@@ -88,6 +104,8 @@ def soak(folder: Path, model: Path, seconds: float, clients: int, every: float, 
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "MOE_MONITOR_SAMPLE_RATIO": "0.5",
     }
+    if account:
+        env["MOE_TEST_MEMORY"] = str(folder)
     server = Server(model, folder / "server.log", folder / "run", *ARGUMENTS, **env)
     port, readings, scrapes = free_port(), {}, [0, 0]
     command = [sys.executable, "-m", "moe_monitor.cli.main", "export", "--port", str(port)]
@@ -133,6 +151,8 @@ def soak(folder: Path, model: Path, seconds: float, clients: int, every: float, 
             "router_ties": live.oracle.ties,
             "scrapes": scrapes[0],
         }
+        if account:
+            result["held"] = held(folder, watched)
         for role, series in readings.items():
             result[role] = {name: trend(series, name) for name in ("rss_kib", "threads", "descriptors")}
         return result
@@ -150,6 +170,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--off", action="store_true", help="without the monitor, to compare sizes with")
+    parser.add_argument("--account", action="store_true", help="trace Python's allocations")
     args = parser.parse_args()
     import models
 
@@ -160,7 +181,7 @@ def main() -> None:
             "command": " ".join(["python", "benchmarks/soak.py", *sys.argv[1:]]),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
             "versions": {"moe-monitor": __version__, "vllm-cpu": version("vllm-cpu"), "torch": version("torch")},
-        } | soak(Path(scratch), model, args.minutes * 60, args.clients, 5, enabled=not args.off)
+        } | soak(Path(scratch), model, args.minutes * 60, args.clients, 5, enabled=not args.off, account=args.account)
     text = json.dumps(result, indent=1)
     print(text)
     if args.out:

@@ -7,6 +7,8 @@ MOE_TEST_FAULT=WHERE:FILE,...  while FILE exists, the named function of moe-moni
     "hang" waits until FILE is gone, "oom" says that the device's memory is full.
 MOE_TEST_CLOCK=FILE  the wall clock is off by as many seconds as FILE says.
 MOE_TEST_STARTED=FILE  every interpreter that starts, rather than being forked, adds its pid.
+MOE_TEST_MEMORY=FOLDER  every minute a process adds a line to FOLDER/PID: bytes that lines of moe_monitor have allocated
+    and that are still held, and those of all of Python.
 MOE_TEST_HEARTBEAT=FILE  the API server's event loop wakes every 2 ms and writes how late it was, in seconds.
 """
 
@@ -129,6 +131,24 @@ def _shift_clock(path):
     time.time_ns = lambda: real_ns() + int(current() * 1e9)
 
 
+def _account(folder):
+    import threading
+    import tracemalloc
+
+    tracemalloc.start()
+    ours = [tracemalloc.Filter(True, "*/moe_monitor/*")]
+
+    def write():
+        while True:
+            time.sleep(60)
+            snapshot = tracemalloc.take_snapshot()
+            held = sum(trace.size for trace in snapshot.filter_traces(ours).traces)
+            with open(os.path.join(folder, str(os.getpid())), "a") as file:
+                file.write(f"{held} {tracemalloc.get_traced_memory()[0]}\n")
+
+    threading.Thread(target=write, daemon=True).start()
+
+
 def _beat(path):
     """Whatever blocks the event loop makes its next wake-up late. Written by a thread, not to block it ourselves."""
     late = collections.deque()
@@ -177,6 +197,8 @@ for _fault in filter(None, os.environ.get("MOE_TEST_FAULT", "").split(",")):
     _fail_in(*_fault.split(":", 1))
 if os.environ.get("MOE_TEST_CLOCK"):
     _shift_clock(os.environ["MOE_TEST_CLOCK"])
+if os.environ.get("MOE_TEST_MEMORY"):
+    _account(os.environ["MOE_TEST_MEMORY"])
 if os.environ.get("MOE_TEST_HEARTBEAT"):
     _beat(os.environ["MOE_TEST_HEARTBEAT"])
 if os.environ.get("MOE_TEST_STARTED"):

@@ -148,6 +148,29 @@ class Rows:
         return Reading(self.rows, self.passes)
 
 
+def stretches(directory: Path, workers: list[FakeWorker]) -> list[float]:
+    """Of each scrape within a server the longest time for which it keeps Python's lock, in seconds of CPU time."""
+    longest, since, found = 0.0, 0.0, []
+
+    def pause() -> None:
+        nonlocal longest, since
+        longest = max(longest, time.thread_time() - since)
+        time.sleep(0.0001)
+        since = time.thread_time()
+
+    collector = MoeCollector(directory, max_series=2048, server="s", gentle=True)
+    collector._pause = collector._exposition._pause = pause
+    for i in range(30):
+        for worker in workers:
+            worker.rows = worker.rows + worker.rows % 7
+            worker.publish(i + 40)
+        longest, since = 0.0, time.thread_time()
+        collector.render()
+        pause()
+        found.append(longest)
+    return found[2:]
+
+
 def in_process(folder: Path) -> dict:
     directory = folder / "inside"
     workers = [FakeWorker(directory, name=f"s.{i}.0", server="s", engine=str(i), **SHAPE) for i in range(ENGINES)]
@@ -165,6 +188,7 @@ def in_process(folder: Path) -> dict:
             cpu.append(time.thread_time() - busy)
         result[name] = {"wall": summary(took[2:]), "cpu": summary(cpu[2:]), "bytes": len(text)}
         result[name]["samples"] = sum(not line.startswith(b"#") for line in text.splitlines())
+    result["longest_stretch_cpu"] = summary(stretches(directory, workers))
     reads = []
     for _ in range(30):
         busy = time.thread_time()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,14 +224,18 @@ def _merge(ranks: list[_Rank]) -> EngineSnapshot:
     )
 
 
-def read_engines(directory: Path, server: str | None = None, on_error: Any = None) -> list[EngineSnapshot]:
+def read_engines(
+    directory: Path, server: str | None = None, on_error: Any = None, pause: Callable[[], None] = lambda: None
+) -> list[EngineSnapshot]:
     """Snapshots of all live engines in a run directory, of one server or of all, in a stable order.
 
-    A board that cannot be read is left out and, if given, ``on_error(BoardError)`` is told.
+    A board that cannot be read is left out and, if given, ``on_error(BoardError)`` is told. ``pause`` is called after
+    each board.
     Raises BoardError when the directory itself cannot be used.
     """
     groups: dict[tuple[str, str, str], list[_Rank]] = {}
     for reader in live_boards(directory):
+        pause()
         with reader:
             if server is not None and reader.identity.get("server") != server:
                 continue

@@ -56,6 +56,8 @@ class MoeCollector(Collector):
         self._logger = logger
         self._history = History(from_start=server is not None if from_start is None else from_start)
         self._lock = threading.Lock()
+        #: What is read first must be remembered first: a history that goes back starts anew.
+        self._reading = threading.Lock()
         self._pause = _let_others if gentle else _go_on
         self._exposition = Exposition(self._pause)
         self._read_errors = 0
@@ -85,13 +87,16 @@ class MoeCollector(Collector):
 
     def read(self) -> list[EngineSnapshot]:
         """Current snapshots; never raises. What could not be read is counted and said once in the log."""
-        try:
-            engines = read_engines(self.directory, self.server, self._failed)
-        except Exception as error:
-            if not isinstance(error, BoardError) or self.directory.exists():
-                self._failed(error)
-            engines = []
-        self._history.add(engines)
+        with self._reading:
+            try:
+                engines = read_engines(self.directory, self.server, self._failed, self._pause)
+            except Exception as error:
+                if not isinstance(error, BoardError) or self.directory.exists():
+                    self._failed(error)
+                engines = []
+            self._pause()
+            self._history.add(engines)
+        self._pause()
         return engines
 
     def _failed(self, error: Exception) -> None:

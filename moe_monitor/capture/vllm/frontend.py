@@ -145,6 +145,8 @@ class Worker:
             if future.done():  # whoever waited has given up
                 continue
             self._since = time.monotonic()
+            # vLLM has just made its own part on the event loop; let the loop do what has come due meanwhile.
+            time.sleep(0.001)
             result: bytes | Exception
             try:
                 result = work()

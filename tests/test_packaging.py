@@ -83,7 +83,7 @@ def test_metadata(metadata):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     needed = {line.split(">")[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
-    assert needed == {"numpy", "prometheus-client", "rich", "wrapt"}
+    assert needed == {"numpy", "prometheus-client", "rich"}
     assert set(metadata.get_all("Provides-Extra")) >= {"otel", "web", "transformers", "test", "dev"}
 
 

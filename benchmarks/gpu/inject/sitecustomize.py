@@ -2,6 +2,7 @@
 
 SHADOW_DIR: where the files go, named by data- and tensor-parallel rank. SKEW: registers the routing strategy "skewed"
 with vLLM's routing simulator, a normal distribution whose mean is moved by so much towards the low experts.
+Needs wrapt.
 """
 
 import os

@@ -7,12 +7,14 @@ plugin does.
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
 import os
-import secrets
-from collections.abc import Callable
-from types import ModuleType
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from moe_monitor.capture.vllm.imports import Hook
 
 #: Ties the boards of a server's workers to its API servers: set in the process that starts them, inherited by them.
 #: Not a setting, hence without the settings' prefix.
@@ -31,9 +33,6 @@ SEAMS = {
     "vllm.entrypoints.serve.instrumentator.metrics": ("frontend", "patch_metrics"),
 }
 
-# Below vLLM's own logger, so that these lines look like vLLM's; it may not be configured yet.
-logger = logging.getLogger("vllm.moe_monitor")
-
 _armed = False
 
 
@@ -48,25 +47,31 @@ def register() -> None:
     try:
         _arm()
     except Exception as error:
+        import logging
+
+        logger = logging.getLogger("vllm.moe_monitor")
         logger.warning("moe-monitor could not start, serving goes on without it: %r", error)
 
 
 def _arm() -> None:
-    import wrapt
+    from moe_monitor.capture.vllm.imports import when_imported
 
-    if multiprocessing.parent_process() is None or SERVER_VARIABLE not in os.environ:
-        os.environ[SERVER_VARIABLE] = f"{os.getpid()}-{secrets.token_hex(4)}"
+    if not _is_child() or SERVER_VARIABLE not in os.environ:
+        os.environ[SERVER_VARIABLE] = f"{os.getpid()}-{os.urandom(4).hex()}"
     for module, (file, function) in SEAMS.items():
-        wrapt.register_post_import_hook(_patcher(file, function), module)
+        when_imported(module, _patcher(file, function))
 
 
-def _patcher(file: str, function: str) -> Callable[[ModuleType], None]:
+def _is_child() -> bool:
+    """Whether multiprocessing started this process. It is loaded in every process that it starts."""
+    parent = getattr(sys.modules.get("multiprocessing.process"), "parent_process", None)
+    return parent is not None and parent() is not None
+
+
+def _patcher(file: str, function: str) -> Hook:
     def patch(module: ModuleType) -> None:
-        try:
-            from importlib import import_module
+        from importlib import import_module
 
-            getattr(import_module(f"moe_monitor.capture.vllm.{file}"), function)(module)
-        except Exception as error:
-            logger.warning("moe-monitor could not patch %s, serving goes on without it: %r", module.__name__, error)
+        getattr(import_module(f"moe_monitor.capture.vllm.{file}"), function)(module)
 
     return patch

@@ -277,7 +277,7 @@ def _where() -> list[Row]:
         "Alerts firing",
         "Of all models. A click opens the runbooks.",
         [("alertname", "Alert"), ("severity", "Severity"), ("instance", "Server")],
-        [Column(f'max by ({labels}) (ALERTS{{alertstate="firing",component="moe-monitor"}})', "")],
+        [Column(f'max by ({labels}) (ALERTS{{alertstate="firing",component="moe-monitor"}})', "Firing", decimals=0)],
         "Severity",
         [("Runbooks", "/d/moe-monitor-runbooks")],
     )

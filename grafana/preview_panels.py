@@ -334,15 +334,22 @@ def joined(frame: Frame) -> None:
     organise = next(t["options"] for t in frame.panel["transformations"] if t["id"] == "organize")
     names, order = organise["renameByName"], organise["indexByName"]
     fields = sorted(names, key=lambda n: order[n])
-    keys = [f for f in fields if not f.startswith("Value #")]
+    keys = [f for f in fields if not f.startswith("Value")]
     rows: dict[tuple[str, ...], dict[str, float]] = {}
-    for target, answer in zip(frame.panel["targets"], frame.answers, strict=True):
+    targets = frame.panel["targets"]
+    for target, answer in zip(targets, frame.answers, strict=True):
         for series in answer:
+            # Grafana would make rows of their own of what has other labels.
+            assert set(series["metric"]) <= set(keys), (frame.panel["title"], target["refId"])
             key = tuple(series["metric"].get(k, "") for k in keys)
-            rows.setdefault(key, {})[f"Value #{target['refId']}"] = series["values"][-1][1]
-    sort = frame.panel["options"]["sortBy"][0]["displayName"]
-    by = next(f for f in fields if names[f] == sort)
-    ordered = sorted(rows.items(), key=lambda item: -item[1].get(by, -math.inf))
+            value = f"Value #{target['refId']}" if len(targets) > 1 else "Value"
+            rows.setdefault(key, {})[value] = series["values"][-1][1]
+    sort = frame.panel["options"]["sortBy"][0]
+    by = next(f for f in fields if names[f] == sort["displayName"])
+    if by in keys:
+        ordered = sorted(rows.items(), key=lambda item: item[0][keys.index(by)], reverse=sort["desc"])
+    else:
+        ordered = sorted(rows.items(), key=lambda item: -item[1].get(by, -math.inf))
     axes = frame.axes(0.1, 0.08, 0.1, 0.38)
     axes.set_axis_off()
     fits = max(1, int((frame.inches()[1] - 0.5) / 0.21) - 1)

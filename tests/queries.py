@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MATRIX = "moe_expert_tokens_total"
 
 #: Prometheus' own, about its scrapes and alerts.
-PROMETHEUS = {"up", "scrape_duration_seconds", "ALERTS"}
+PROMETHEUS = {"up", "scrape_duration_seconds", "ALERTS", "ALERTS_FOR_STATE"}
 
 #: vLLM's metrics that are used, by kind; tests with a live server check that it has them.
 VLLM_GAUGES = {"vllm:num_requests_running"}

@@ -86,6 +86,26 @@ def test_no_panel_scans_the_matrix(uid, panel):
         assert not re.search(queries.MATRIX + r"(?!\{)", target["expr"])
 
 
+@pytest.mark.parametrize(
+    ("uid", "panel"),
+    [(u, p) for u, p in PANELS if any(t["id"] == "organize" for t in p.get("transformations", []))],
+    ids=name,
+)
+def test_rows_of_tables_are_merged(uid, panel):
+    """Grafana merges rows only where all shared labels are equal, a metric's name too: the keys alone are left."""
+    organise = next(t["options"] for t in panel["transformations"] if t["id"] == "organize")
+    names = organise["renameByName"]
+    keys = [label for label in names if not label.startswith("Value")]
+    letters = [target["refId"] for target in panel["targets"]]
+    # As Grafana calls the columns of one query, and of several.
+    assert set(names) - set(keys) == ({f"Value #{x}" for x in letters} if len(letters) > 1 else {"Value"})
+    for target in panel["targets"]:
+        kept = re.match(r"\w+ by \(([\w, ]+)\) \(", target["expr"])
+        assert kept, target["expr"]
+        assert set(kept[1].split(", ")) == set(keys)
+    assert panel["options"]["sortBy"][0]["displayName"] in names.values()
+
+
 RAW = ("moe_layer_duration_seconds_bucket", "moe_layer_duration_seconds_sum", "moe_layer_duration_seconds_count")
 
 

@@ -219,7 +219,7 @@ class Prometheus:
 
 
 def write_alerts(folder: Path, url: str, start: int, end: int) -> None:
-    """ALERTS as Prometheus would have recorded it: the expression true for as long as ``for`` asks."""
+    """What Prometheus would have recorded of alerts: since when the expression is true, and what fires."""
     text = (ROOT / "grafana" / "rules" / "moe-monitor-alerts.yml").read_text()
     with (folder / "alerts.om").open("w") as file:
         for rule in yaml.safe_load(text)["groups"][0]["rules"]:
@@ -229,13 +229,15 @@ def write_alerts(folder: Path, url: str, start: int, end: int) -> None:
             hold = int(rule["for"].removesuffix("m")) * 60
             for series in result:
                 own = {k: v for k, v in series["metric"].items() if k != "__name__"} | rule["labels"]
-                own |= {"alertname": rule["alert"], "alertstate": "firing"}
+                own |= {"alertname": rule["alert"]}
+                firing = own | {"alertstate": "firing"}
                 since = last = None
                 for at, _ in series["values"]:
                     since = at if last is None or at - last > STEP else since
                     last = at
+                    file.write(f"ALERTS_FOR_STATE{label_text(own.items())} {since} {at}\n")
                     if at - since >= hold:
-                        file.write(f"ALERTS{label_text(own.items())} 1 {at}\n")
+                        file.write(f"ALERTS{label_text(firing.items())} 1 {at}\n")
         file.write("# EOF\n")
 
 

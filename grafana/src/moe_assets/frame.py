@@ -92,6 +92,12 @@ def link(uid: str, **values: str) -> str:
     return f"/d/{uid}?${{__url_time_range}}&{kept}{given}"
 
 
+def same_but_layer(uid: str, *more: str) -> str:
+    """A link from a table's row to the same dashboard: its layer chosen, all else kept, ``more`` variables too."""
+    kept = "&".join(f"${{{name}:queryparam}}" for name in ("job", "model", "instance", "engine", "server", *more))
+    return f"/d/{uid}?${{__url_time_range}}&{kept}&var-layer=${{__data.fields.Layer}}"
+
+
 def dashboard(
     uid: str,
     description: str,

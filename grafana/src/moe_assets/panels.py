@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -201,7 +202,7 @@ def bars(spec: Spec) -> Any:
 
 @dataclass(frozen=True)
 class Column:
-    """One query of a table: its heading (none: not shown), unit, thresholds (coloured cell) and decimals."""
+    """One query of a table: its heading, unit, thresholds (coloured cell) and decimals."""
 
     expr: str
     heading: str
@@ -218,14 +219,22 @@ def joined(
     columns: Sequence[Column],
     sort: str,
     links: Sequence[tuple[str, str]] = (),
+    *,
+    ascending: bool = False,
 ) -> Any:
-    """A table of instant queries with the same labels ``keys`` (label, heading), one row for each set of them."""
-    queries = [Query(c.expr, c.heading, instant=True) for c in columns]
+    """A table of instant queries with the same labels ``keys`` (label, heading), one row for each set of them.
+
+    Grafana merges rows only where all fields that they share are equal, a metric's name among them: so the queries
+    keep no other labels than the keys.
+    """
+    by = ", ".join(label for label, _ in keys)
+    queries = [Query(_by(by, c.expr), c.heading, instant=True) for c in columns]
     panel = _common(table.Panel(), Spec(title, description, queries, links=links), PromQueryFormat.TABLE)
     panel = panel.with_transformation(models.DataTransformerConfig(id_val="merge", options={}))
     letters = "ABCDEFGHIJKLMNOP"
     names = dict(keys)
-    names |= {f"Value #{letters[i]}": c.heading for i, c in enumerate(columns) if c.heading}
+    values = [f"Value #{letter}" for letter in letters[: len(columns)]] if len(columns) > 1 else ["Value"]
+    names |= {value: c.heading for value, c in zip(values, columns, strict=True)}
     order = {name: i for i, name in enumerate(names)}
     organise = {"renameByName": names, "indexByName": order, "excludeByName": {"Time": True}}
     keep = {"include": {"names": list(names)}}
@@ -233,7 +242,12 @@ def joined(
     panel = panel.with_transformation(models.DataTransformerConfig(id_val="organize", options=organise))
     for column in columns:
         panel = panel.override_by_name(column.heading, _cell(column))
-    return panel.sort_by([common_builders.TableSortByFieldState().display_name(sort).desc(True)])
+    return panel.sort_by([common_builders.TableSortByFieldState().display_name(sort).desc(not ascending)])
+
+
+def _by(labels: str, expr: str) -> str:
+    """``expr`` with these labels only."""
+    return expr if re.match(rf"\w+ by \({re.escape(labels)}\) \(", expr) else f"max by ({labels}) ({expr})"
 
 
 def _cell(column: Column) -> list[models.DynamicConfigValue]:

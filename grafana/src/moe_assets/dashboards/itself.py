@@ -128,7 +128,7 @@ def _over_time() -> list[Row]:
             "Seconds in the hooks per second.",
             [Query(f"max(rate(moe_monitor_hook_seconds_total{{{ENGINE}}}[5m]))", "worst engine")],
             "percentunit",
-            decimals=2,
+            decimals=3,
             low=0,
         )
     )
@@ -196,6 +196,12 @@ def _engines() -> Row:
     # The join by info's labels gives every row the versions.
     info = "moe_monitor_info{" + ENGINE + "}"
     on = "* on (job, instance, server, model_name, engine) group_left (capture, version, producer)"
+
+    def total(name: str) -> str:
+        """Of an engine over all places or kinds; 0 where none has been counted yet."""
+        added = f"sum by (job, instance, server, model_name, engine) ({name}{{{ENGINE}}})"
+        return f"({added} or 0 * moe_monitor_active{{{ENGINE}}}) {on} {info}"
+
     columns = [
         Column(f"moe_monitor_active{{{ENGINE}}} {on} {info}", "Monitor", decimals=0, mappings=yes_no),
         Column(
@@ -205,10 +211,18 @@ def _engines() -> Row:
             [(None, GREEN), (15, ORANGE), (60, RED)],
             1,
         ),
+        Column(total("moe_monitor_errors_total"), "Errors", "short", [(None, GREEN), (1, RED)], 0),
+        Column(total("moe_monitor_dropped_total"), "Dropped", "short", [(None, GREEN), (1, YELLOW)], 0),
         Column(f"{COST} {on} {info}", "Host time/step", "s", BUDGET, 0),
         Column(f"moe_baseline_usable{{{ENGINE}}} {on} {info}", "Baseline", decimals=0, mappings=usable),
     ]
-    table = joined("Engines, oldest numbers first", "Versions, and how routing is captured.", keys, columns, "Age")
+    table = joined(
+        "Engines, oldest numbers first",
+        "Versions, how routing is captured, errors and drops since start.",
+        keys,
+        columns,
+        "Age",
+    )
     return Row("Which engine?", 9, [(table, 24)])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_assets.frame import dashboard
+from moe_assets.frame import dashboard, same_but_layer
 from moe_assets.panels import (
     ENGINE,
     GREEN,
@@ -315,6 +315,7 @@ def _layers() -> list[Row]:
         [("layer", "Layer")],
         columns,
         "Worst server",
+        [("This layer, above", same_but_layer(UID, "kind"))],
     )
     rate = padded(f"model_layer:moe_layer_flops:rate5m{{{MODEL},{KIND}}}", "layer")
     flops = rows_over_time(

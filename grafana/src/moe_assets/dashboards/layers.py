@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_assets.frame import dashboard
+from moe_assets.frame import dashboard, same_but_layer
 from moe_assets.panels import (
     BLUE,
     ENGINE,
@@ -35,8 +35,8 @@ LAYER = 'layer="$layer"'
 def _now() -> list[Row]:
     heat = matrix(
         Spec(
-            "Load by layer (rows) and expert (columns), now",
-            "Tokens of an expert over the layer's mean, all servers of the model, last five minutes; 1 is the mean. "
+            "Load by layer (rows) and expert (columns), all servers, now",
+            "Tokens of an expert over the layer's mean, all servers together, last five minutes; 1 is the mean. "
             "Red cells: the experts that a layer leans on. Deep blue: an expert that gets little or nothing.",
             [Query(f"{LOAD}{{{MODEL}}}", instant=True)],
             decimals=1,
@@ -78,6 +78,7 @@ def _now() -> list[Row]:
         [("layer", "Layer")],
         columns,
         "Drift, of limit",
+        [("This layer, below", same_but_layer(UID))],
     )
     return [Row("Now", 13, [(heat, 24)]), Row("", 10, [(worst_first, 24)])]
 

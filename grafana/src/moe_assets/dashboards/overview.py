@@ -237,7 +237,8 @@ def _where() -> list[Row]:
         Column(f"engine:moe_load_imbalance:excess5m{{{ENGINE}}}", "Imbalance", TIMES, EXCESS, 1),
         Column(f"engine:moe_silent_experts:sum5m{{{ENGINE}}}", "Silent", "short", [(None, GREEN), (1, RED)], 0),
         Column(
-            f"engine:moe_router_collapsed_layers:count5m{{{ENGINE}}}",
+            # Nothing is counted where none has collapsed: 0 where a baseline is there to tell.
+            f"engine:moe_router_collapsed_layers:count5m{{{ENGINE}}} or 0 * (moe_baseline_usable{{{ENGINE}}} == 1)",
             "Collapsed",
             "short",
             [(None, GREEN), (1, RED)],
@@ -272,16 +273,18 @@ def _where() -> list[Row]:
         "Drift",
         [("Layers of this engine", per_server)],
     )
-    labels = "alertname, severity, instance"
+    ours = 'component="moe-monitor"'
+    since = f'(time() - ALERTS_FOR_STATE{{{ours}}}) and ignoring (alertstate) ALERTS{{alertstate="firing",{ours}}}'
     firing = joined(
         "Alerts firing",
-        "Of all models. A click opens the runbooks.",
-        [("alertname", "Alert"), ("severity", "Severity"), ("instance", "Server")],
-        [Column(f'max by ({labels}) (ALERTS{{alertstate="firing",component="moe-monitor"}})', "")],
+        "Of all models, critical first. Since: how long the cause has been there. A click opens the runbooks.",
+        [("severity", "Severity"), ("alertname", "Alert"), ("instance", "Server"), ("engine", "Engine")],
+        [Column(since, "Since", "s", decimals=0)],
         "Severity",
         [("Runbooks", "/d/moe-monitor-runbooks")],
+        ascending=True,
     )
-    return [Row("Where?", 9, maps), Row("", 9, [(servers, 17), (firing, 7)])]
+    return [Row("Where?", 9, maps), Row("", 9, [(servers, 16), (firing, 8)])]
 
 
 def build() -> dict[str, Any]:

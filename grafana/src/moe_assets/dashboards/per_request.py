@@ -119,7 +119,7 @@ def _latency() -> Row:
         "requests are served slower. Lines together: routing is not what makes them slow."
     )
     return Row(
-        "Are concentrated requests slower?",
+        "Are concentrated requests slower? Quartile 1: spread over most experts, 4: on fewest",
         9,
         [
             (by_quartile("Time to first token, 95th percentile", about, "moe_request_ttft_seconds", 0.95), 8),

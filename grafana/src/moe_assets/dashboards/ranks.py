@@ -34,6 +34,11 @@ LAYER_RANK = "server_layer_rank:moe_ep_rank_tokens:rate5m"
 NONE = "no expert parallelism"
 
 
+def _over_mean(load: str) -> str:
+    """Of ranks of one server: among many servers a sum would hide the one whose rank is overloaded."""
+    return f"{load} / ignoring (ep_rank) group_left () avg without (ep_rank) ({load})"
+
+
 def _now() -> Row:
     gain = f"server:moe_ep_balance_gain:ratio5m{{{SERVER}}}"
     return Row(
@@ -101,10 +106,10 @@ def _now() -> Row:
 
 
 def _over_time() -> Row:
-    share = f"sum by (ep_rank) ({RANK}{{{SERVER}}}) / scalar(avg(sum by (ep_rank) ({RANK}{{{SERVER}}})))"
+    share = f"max by (ep_rank) ({_over_mean(f'{RANK}{{{SERVER}}}')})"
     load = rows_over_time(
         Spec(
-            "Load of each rank, over the mean",
+            "Load of each rank over its server's mean, worst server",
             "All layers together. A red row for long: that rank has the popular experts; placement or EPLB helps.",
             [Query(padded(share, "ep_rank"), "{{row}}")],
             decimals=2,
@@ -147,17 +152,16 @@ def _over_time() -> Row:
 
 
 def _where() -> Row:
-    by_rank = f"sum by (layer, ep_rank) ({LAYER_RANK}{{{LAYERS}}})"
-    cells = f"{by_rank} / on (layer) group_left () avg by (layer) ({by_rank})"
+    cells = f"max by (layer, ep_rank) ({_over_mean(f'{LAYER_RANK}{{{LAYERS}}}')})"
     heat = matrix(
         Spec(
-            "Load by layer (rows) and rank (columns), over the layer's mean, now",
-            "Servers chosen above. One red column: a rank is loaded in every layer. Scattered red: every layer has "
-            "another busiest rank, which placement cannot mend for all at once.",
+            "Load by layer (rows) and rank (columns), over the layer's mean, worst server, now",
+            "Of the servers chosen above; the table beside names them. One red column: a rank is busy in every layer. "
+            "Scattered red: every layer has another busiest rank, which placement cannot mend for all at once.",
             [Query(cells, instant=True)],
             decimals=2,
-            low=0.5,
-            high=1.5,
+            low=0,
+            high=2,
         ),
         "layer",
         "ep_rank",

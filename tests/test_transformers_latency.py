@@ -14,8 +14,15 @@ from serving import only, parse  # noqa: E402
 from transformers_models import V5, batch, left_padded, make  # noqa: E402
 
 from moe_monitor.capture.transformers import latency, monitor  # noqa: E402
-from moe_monitor.capture.transformers.latency import Clock  # noqa: E402
-from moe_monitor.capture.transformers.timings import DECODE, MIXED, PER_ROUND, PREFILL, kind_of  # noqa: E402
+from moe_monitor.capture.transformers.latency import Clock, TimedPass  # noqa: E402
+from moe_monitor.capture.transformers.timings import (  # noqa: E402
+    DECODE,
+    MIXED,
+    PER_ROUND,
+    PREFILL,
+    Timings,
+    kind_of,
+)
 
 new_modules = pytest.mark.skipif(not V5, reason="up to 4.57 the modules that this test slows down are others")
 
@@ -124,6 +131,16 @@ def test_what_imbalance_costs_is_told_where_time_follows_the_busiest_expert(monk
     assert (observed / even > 1.2).all(), "the load is not uneven enough to tell anything"
     np.testing.assert_allclose(engine.latency.cost, observed / even, rtol=0.03)
     assert engine.latency.error < 0.05
+
+
+@pytest.mark.parametrize(("dense", "computed"), [(False, 5), (True, 3 * 4)])
+def test_flops_of_a_timed_pass_are_what_was_computed(dense: bool, computed: int) -> None:
+    """Three tokens, four experts; where all experts compute all tokens, what was chosen does not matter."""
+    timings = Timings((0,), experts=4, flops=10)
+    loads = [([0], torch.tensor([[2, 2, 1, 0]]))]
+    timings._take(TimedPass(1, 0.0, 1.0, DECODE, 3, loads=loads, dense=dense), 1000, np.full((1, 3), 5))
+    assert timings.collect()
+    assert timings.table.arrays["flops"].sum() == 10 * computed
 
 
 def test_short_passes_are_published_in_part_and_summarised_whole() -> None:

@@ -489,8 +489,6 @@ def test_flops_are_those_of_the_flop_counter(family: str) -> None:
     model = make(family)
     if V5:
         model.set_experts_implementation("eager")  # the counter knows no grouped products
-    elif family == "gpt_oss":
-        pytest.skip("up to 4.57 every expert computes every token in eval mode")
     counter = FlopCounterMode(display=False)
     with torch.no_grad():
         with counter:  # by itself: up to 4.57 DeepSeek's logits are computed again for the monitor
@@ -503,7 +501,7 @@ def test_flops_are_those_of_the_flop_counter(family: str) -> None:
         prefix = f"{type(model).__name__}.{seam.name}"
         router = sum(counted[prefix].values())
         block = prefix.rsplit(".", 1)[0]
-        if V5:
+        if seam.experts is not None:
             experts = sum(counted[f"{block}.experts"].values())
         else:
             experts = sum(
@@ -512,6 +510,32 @@ def test_flops_are_those_of_the_flop_counter(family: str) -> None:
         assert row["flops_router"] == router
         assert row["flops_experts"] == experts
         assert row["flops_total"] == router + experts
+
+
+@pytest.mark.skipif(V5, reason="5.x computes the chosen experts only")
+def test_flops_where_every_expert_computes_every_token() -> None:
+    """gpt-oss of 4.57 in evaluation, everywhere but on a CPU; the meta device takes the same path as a GPU."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from moe_monitor.export.families import _flops
+
+    real, model = make("gpt_oss"), make("gpt_oss").to("meta")
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model.model.layers[0].mlp(torch.empty((2, 9, 32), device="meta"))
+    expected = counter.get_total_flops()
+
+    there = monitor(model)
+    assert there.seams[0].dense and there.identity["dense_experts"]
+    assert not monitor(model.train()).identity["dense_experts"]  # in training the chosen ones only
+    with monitor(real) as m, torch.no_grad():
+        real(batch(2, 9))
+    assert not m.identity["dense_experts"]
+    chosen = m.summary().total["flops_experts"]
+    m.identity["dense_experts"] = True
+    assert [row["flops_total"] for row in m.summary().rows] == [expected] * 2
+    assert m.summary().total["flops_experts"] == 4 * chosen  # two of eight were chosen
+    assert sum(_flops(m.snapshot())[1]) == 2 * expected
 
 
 def test_latency_is_taken_per_stage_and_adds_up() -> None:

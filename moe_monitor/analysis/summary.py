@@ -221,7 +221,8 @@ def summarise(
     for at, layer in enumerate(engine.layers):
         n = int(tokens[at])
         router = 2 * hidden * counts.shape[1] * n
-        experts = 2 * matrices * hidden * inner * int(counts[at].sum())
+        expert_tokens = n * counts.shape[1] if facts.get("dense_experts") else int(counts[at].sum())
+        experts = 2 * matrices * hidden * inner * expert_tokens
         row: dict[str, Any] = {
             "layer": layer,
             "tokens": n,

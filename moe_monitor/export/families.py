@@ -161,11 +161,16 @@ def _about_itself(engine: EngineSnapshot, family: Any) -> Iterator[Family]:
 
 
 def _flops(engine: EngineSnapshot) -> tuple[list[Labels], list[int]]:
-    """Gate: 2*hidden*experts a token. Expert: 2*matrices*hidden*intermediate a routed token (SwiGLU: 3 matrices)."""
+    """Gate: 2*hidden*experts a token. Expert: 2*matrices*hidden*intermediate a routed token (SwiGLU: 3 matrices).
+
+    Where a model lets every expert compute every token (``dense_experts``), all of them are done, chosen or not.
+    """
     facts = engine.identity
     hidden, inner = int(facts.get("hidden_size", 0)), int(facts.get("intermediate_size", 0))
-    gate = 2 * hidden * int(facts.get("experts", 0)) * int(engine.column("tokens").sum())
-    experts = 2 * int(facts.get("matrices", 3)) * hidden * inner * int(engine.counts.sum())
+    everywhere = int(facts.get("experts", 0)) * int(engine.column("tokens").sum())
+    gate = 2 * hidden * everywhere
+    work = everywhere if facts.get("dense_experts") else int(engine.counts.sum())
+    experts = 2 * int(facts.get("matrices", 3)) * hidden * inner * work
     return [("router",), ("experts",)], [gate, experts]
 
 

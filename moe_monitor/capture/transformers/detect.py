@@ -8,6 +8,7 @@ a router has is found by running it once on a few random hidden states and compa
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,12 @@ class Seam:
     device: torch.device
     #: The block samples the experts itself in training, so that they cannot be known from the logits.
     samples_in_training: bool = False
+    #: In evaluation every expert computes every token, and the weights of those not chosen are 0.
+    dense: bool = False
+
+    @property
+    def dense_now(self) -> bool:
+        return self.dense and not self.block.training
 
 
 def text_config(model: nn.Module) -> Any:
@@ -269,6 +276,22 @@ def _expert_shape(groups: list[nn.Module], experts: int, hidden: int, config: An
     return 0, 3
 
 
+def _dense(block: nn.Module, experts: nn.Module | None, device: torch.device, form: Form, scores_all: bool) -> bool:
+    """Whether every expert computes every token in evaluation: gpt-oss up to 4.57, on any device but a CPU.
+
+    Such a router gives the experts scores [tokens, experts], 0 where not chosen. A block whose forward was replaced
+    by a kernel (not by accelerate's hooks, which run the old one) computes as the kernel likes.
+    """
+    if experts is None or device.type == "cpu" or not scores_all or form.logits is not None:
+        return False
+    replaced = "forward" in block.__dict__ and not hasattr(block, "_hf_hook")
+    return not replaced and {"router_indices", "routing_weights"} <= set(_parameters(experts))
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)
+
+
 def _layer_index(name: str, ordinal: int) -> int:
     numbers = [int(part) for part in name.split(".") if part.isdigit()]
     return numbers[0] if numbers else ordinal
@@ -295,12 +318,14 @@ def find_seams(model: nn.Module, layers: Sequence[int] | None = None) -> list[Se
         ids = out[form.ids] if form.ids is not None else None
         inner, matrices = _expert_shape(groups, experts, hidden, config)
         whole = len(groups) == 1 and not isinstance(groups[0], nn.ModuleList)
+        scores_all = isinstance(out, tuple) and any(t.shape[-1] == experts and t.is_floating_point() for t in out)
         seam = Seam(
             layer=layer,
             name=name,
             router=router,
             block=block,
             experts=groups[0] if whole else None,
+            dense=_dense(block, groups[0] if whole else None, x.device, form, scores_all),
             num_experts=experts,
             top_k=_top_k(block, config) if top_k is None else top_k,
             scoring=_scoring(router, config, logits, ids, weights),

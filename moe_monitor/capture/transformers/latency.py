@@ -33,6 +33,7 @@ class TimedPass:
     stages: (position in STAGES, position of the layer, start, end). kind: position in STEP_KINDS, or the cumulative
     lengths of the requests, on the device, which tell it. tokens: rows that the model computed, padding included.
     loads: for some layers (positions) tokens per [layer, expert], padding included, on their device.
+    dense: every expert computed every token.
     """
 
     number: int
@@ -42,6 +43,7 @@ class TimedPass:
     tokens: int = 0
     stages: list[tuple[int, int, Any, Any]] = field(default_factory=list)
     loads: list[tuple[list[int], Tensor]] = field(default_factory=list)
+    dense: bool = False
 
 
 def _nanoseconds(start: Any, end: Any) -> int:

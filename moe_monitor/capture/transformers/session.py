@@ -101,6 +101,7 @@ class Monitor:
             "hidden_size": first.hidden,
             "intermediate_size": first.inner,
             "matrices": first.matrices,
+            "dense_experts": first.dense_now,
             "started": time.time(),
         }
 
@@ -217,6 +218,7 @@ class Monitor:
         timed = timings.clock.current
         for group in self.groups:
             if timed is not None and group.rows is rows:
+                timed.dense = self.seams[0].dense_now
                 load = load_of(ids, self.layout.experts) if counted is None else counted[:, : self.layout.experts]
                 timed.loads.append((group.positions, load))
 

@@ -73,8 +73,12 @@ class Timings:
             nanoseconds=whole,
             stages=stages if (stages >= 0).any() else None,
             counts=counts,
-            flops=None if counts is None else counts.sum(axis=1) * self._flops,
+            flops=None if counts is None else self._flops_of(timed, counts),
         )
+
+    def _flops_of(self, timed: TimedPass, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        work = np.full(len(counts), timed.tokens * self._experts) if timed.dense else counts.sum(axis=1)
+        return np.asarray(work * self._flops, dtype=np.int64)
 
     def snapshot(self) -> EngineLatency | None:
         """A copy of the table as readers of a board see it."""

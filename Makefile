@@ -1,13 +1,14 @@
 # make demo   a tiny mixture-of-experts model served by vLLM on this machine, with its routing live in the terminal
 # make test   all checks and tests, as CI runs them
-# Each sets up what it needs in .venv and skips what is done. Set VENV to use another folder.
+# make audit  known vulnerabilities in what moe-monitor depends on; needs the network
+# demo and test set up what they need in .venv and skip what is done. Set VENV to use another folder.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export VENV
 
-.PHONY: help demo test lint clean setup-demo setup-test
+.PHONY: help demo test lint audit clean setup-demo setup-test
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -24,6 +25,9 @@ lint: setup-test ## ruff, mypy, import contracts; all of them, whichever fails
 	for check in "ruff check ." "ruff format --check ." "mypy" "lint-imports"; do \
 		echo "-- $$check"; $(BIN)/$$check || code=1; \
 	done; exit $$code
+
+audit: ## look up what moe-monitor depends on in a database of vulnerabilities
+	@$(PYTHON) scripts/audit.py $(ARGS)
 
 setup-demo:
 	@$(PYTHON) scripts/setup

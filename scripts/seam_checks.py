@@ -532,9 +532,9 @@ CHECKS = (
         "extract_layer_index(layer_name)",
         takes("vllm/model_executor/models/utils.py", "extract_layer_index", "layer_name"),
     ),
-    Check("attach", "get_tensor_model_parallel_rank", _tp_rank),
+    Check("context", "get_tensor_model_parallel_rank", _tp_rank),
     Check(
-        "attach",
+        "identity",
         "ParallelConfig fields",
         has(
             "vllm/config/parallel.py",
@@ -546,8 +546,8 @@ CHECKS = (
             "tensor_parallel_size",
         ),
     ),
-    Check("attach", "ModelConfig.served_model_name", has("vllm/config/model.py", "ModelConfig", "served_model_name")),
-    Check("attach", "additional_config enters the compile-cache key", _additional_config),
+    Check("identity", "ModelConfig.served_model_name", has("vllm/config/model.py", "ModelConfig", "served_model_name")),
+    Check("op", "additional_config enters the compile-cache key", _additional_config),
     Check(
         "attach",
         "CompilationConfig fields",

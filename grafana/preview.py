@@ -32,7 +32,6 @@ class Source:
 
     def __init__(self, url: str, end: float, seconds: float) -> None:
         self.url, self.end, self.start = url.rstrip("/"), end, end - seconds
-        self.step = max(15.0, seconds / 240)
         self.variables: dict[str, str] = {}
         self.times: list[tuple[float, str]] = []
 
@@ -67,14 +66,15 @@ class Source:
                 found.sort(key=lambda v: (0, int(v), "") if v.isdecimal() else (1, 0, v))
                 self.variables[name] = found[0] if found else ""
 
-    def answer(self, target: dict[str, Any]) -> list[dict[str, Any]]:
+    def answer(self, target: dict[str, Any], points: int = 240) -> list[dict[str, Any]]:
         """Series: ``metric`` (labels), ``name`` (legend), ``values`` [(time, value)]."""
         expr = self.fill(target["expr"])
         if target.get("instant"):
             found = self.get("query", query=expr, time=self.end)["result"]
             found = [{"metric": s["metric"], "values": [s["value"]]} for s in found if "value" in s]
         else:
-            span = {"start": self.start, "end": self.end, "step": self.step}
+            step = max(15.0, (self.end - self.start) / points)
+            span = {"start": self.start, "end": self.end, "step": step}
             found = self.get("query_range", query=expr, **span)["result"]
         for series in found:
             series["values"] = [(float(at), float(value)) for at, value in series["values"]]
@@ -118,7 +118,7 @@ def render(path: Path, source: Source, given: dict[str, str], out: Path) -> list
         top = height - HEAD - grid["y"] * GRID
         box = (grid["x"] / 24, (top - grid["h"] * GRID) / height, grid["w"] / 24, grid["h"] * GRID / height)
         panel["title"] = source.fill(panel.get("title", ""))
-        answers = [source.answer(target) for target in panel.get("targets", [])]
+        answers = [source.answer(target, panel.get("maxDataPoints", 240)) for target in panel.get("targets", [])]
         frame = panels.Frame(figure, box, panel, answers, (source.start, source.end), marks)
         if not panels.draw(frame):
             empty.append(panel["title"])

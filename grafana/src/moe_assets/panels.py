@@ -62,6 +62,8 @@ class Spec:
     no_value: str = ""
     links: Sequence[tuple[str, str]] = ()
     mappings: dict[str, tuple[str, str]] = field(default_factory=dict)
+    #: At most so many points in time are asked for. Grafana itself would ask for one a pixel.
+    points: int = 240
 
 
 def padded(expr: str, label: str, digits: int = 2) -> str:
@@ -99,7 +101,10 @@ def _common(panel: Any, spec: Spec, form: PromQueryFormat | None = None) -> Any:
     for letter, query in zip("ABCDEFGHIJKLMNOP", spec.queries, strict=False):
         made = prometheus.Dataquery().expr(query.expr).ref_id(letter).datasource(PROMETHEUS)
         made = made.legend_format(query.legend or "__auto")
-        made = made.instant() if query.instant else made.range()
+        if query.instant:
+            made = made.instant()
+        else:
+            made, panel = made.range(), panel.max_data_points(spec.points)
         if query.exemplars:
             made = made.exemplar(True)
         if form is not None:

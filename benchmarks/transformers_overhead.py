@@ -2,13 +2,16 @@
 """What the monitor costs a transformers forward pass, next to plain forward hooks that copy to the host per layer.
 
     python benchmarks/transformers_overhead.py                               # CPU: a smaller model, one thread
+    python benchmarks/transformers_overhead.py --shape narrow --tokens 1 --clock cpu --passes 10  # host work only
     python benchmarks/transformers_overhead.py --device cuda --shape olmoe   # GPU: OLMoE-1B-7B's shape, bfloat16
     python benchmarks/transformers_overhead.py --device cuda --shape olmoe --compile default
     python benchmarks/transformers_overhead.py --device cuda --shape olmoe --compile reduce-overhead
 
 Every variant runs once in each round, in an order drawn anew for each round, in one process and on one model; the
 figure is the median over rounds of the ratio to the bare model in the same round, with its 95 % bootstrap interval.
-Time is wall time of ``--passes`` forward passes without cache, the device waited for at both ends.
+Time is wall time of ``--passes`` forward passes without cache, the device waited for at both ends; with ``--clock cpu``
+processor time of this process, which others on the machine disturb less. ``added`` is the median difference to the bare
+model in the same round.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from moe_monitor.capture.transformers import monitor
 SHAPES = {
     "small": {"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 16, "num_attention_heads": 8},
     "olmoe": {"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16},
+    "narrow": {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 16, "num_attention_heads": 4},
     "tiny": {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 
@@ -78,15 +82,19 @@ def variants(
     return known | {"plain hooks with .cpu()": lambda: plain_hooks(model, experts)}
 
 
-def once(run: torch.nn.Module, ids: torch.Tensor, passes: int) -> float:
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def once(run: torch.nn.Module, ids: torch.Tensor, passes: int, clock: str = "wall") -> float:
+    now = CLOCKS[clock]
     if ids.is_cuda:
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = now()
     for _ in range(passes):
         run(input_ids=ids, use_cache=False)
     if ids.is_cuda:
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / passes
+    return (now() - start) / passes
 
 
 def interval(ratios: np.ndarray) -> dict[str, float]:
@@ -96,7 +104,9 @@ def interval(ratios: np.ndarray) -> dict[str, float]:
     return {"ratio": float(np.median(ratios)), "low": float(low), "high": float(high)}
 
 
-def measure(model, run, ids: torch.Tensor, rounds: int, passes: int, compiled: bool) -> dict[str, dict[str, float]]:
+def measure(
+    model, run, ids: torch.Tensor, rounds: int, passes: int, compiled: bool, clock: str
+) -> dict[str, dict[str, float]]:
     makers = variants(model, run, compiled)
     times: dict[str, list[float]] = {name: [] for name in makers}
     order = list(makers)
@@ -106,7 +116,7 @@ def measure(model, run, ids: torch.Tensor, rounds: int, passes: int, compiled: b
             with makers[name]() as session:
                 if turn == 0:
                     once(run, ids, 3)  # compiles, warms up
-                seconds = once(run, ids, passes)
+                seconds = once(run, ids, passes, clock)
                 if getattr(session, "off", False):
                     raise SystemExit(f"{name}: {session.reason}")
             if hasattr(session, "reset"):
@@ -114,7 +124,11 @@ def measure(model, run, ids: torch.Tensor, rounds: int, passes: int, compiled: b
             if turn:
                 times[name].append(seconds)
     bare = np.array(times["bare"])
-    return {n: {"seconds": float(np.median(v))} | interval(np.array(v) / bare) for n, v in times.items()}
+    return {
+        n: {"seconds": float(np.median(v)), "added": float(np.median(np.array(v) - bare))}
+        | interval(np.array(v) / bare)
+        for n, v in times.items()
+    }
 
 
 def processor(device: str) -> str:
@@ -136,6 +150,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--passes", type=int, default=0, help="forward passes per figure; default by tokens")
     parser.add_argument("--compile", choices=("no", "default", "reduce-overhead"), default="no")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     if arguments.device == "cpu":
@@ -156,6 +171,7 @@ def main() -> None:
         "shape": SHAPES[arguments.shape] | {"num_experts": 64, "num_experts_per_tok": 8},
         "compile": arguments.compile,
         "rounds": arguments.rounds,
+        "clock": arguments.clock,
         "versions": {
             "moe-monitor": __version__,
             "torch": torch.__version__,
@@ -165,16 +181,20 @@ def main() -> None:
         "results": {},
     }
     print(json.dumps({k: v for k, v in made.items() if k != "results"}, indent=1))
-    print("\n| tokens per pass | variant | ms per pass | ratio to bare | 95 % interval |\n|---|---|---|---|---|")
+    print(
+        "\n| tokens per pass | variant | ms per pass | added, ms | ratio to bare | 95 % interval |"
+        "\n|---|---|---|---|---|---|"
+    )
     with torch.inference_mode():
         for tokens in arguments.tokens:
             ids = torch.randint(2, 1024, (1, tokens), device=arguments.device)
             passes = arguments.passes or (3 if arguments.device == "cpu" else 20)
-            found = measure(model, run, ids, arguments.rounds, passes, compiled)
+            found = measure(model, run, ids, arguments.rounds, passes, compiled, arguments.clock)
             made["results"][str(tokens)] = found
             for name, r in found.items():
                 interval = "" if name == "bare" else f"{r['low']:.3f} to {r['high']:.3f}"
-                print(f"| {tokens} | {name} | {1e3 * r['seconds']:.2f} | {r['ratio']:.3f} | {interval} |", flush=True)
+                times = f"{1e3 * r['seconds']:.2f} | {1e3 * r['added']:.2f}"
+                print(f"| {tokens} | {name} | {times} | {r['ratio']:.3f} | {interval} |", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(made, indent=1) + "\n")
 

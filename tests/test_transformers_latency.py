@@ -217,8 +217,10 @@ def test_events_are_read_when_they_have_passed_and_used_again(monkeypatch) -> No
     def run() -> list[Event]:
         clock.begin(Event.device)
         marks = [clock.mark(Event.device) for _ in range(3)]
-        clock.add(0, 0, marks[0], marks[1])
-        clock.add(1, 0, marks[1], marks[2])  # one event for the end of a stage and the beginning of the next
+        clock.current.stages.append((0, 0, marks[0], marks[1]))
+        clock.current.stages.append(
+            (1, 0, marks[1], marks[2])
+        )  # one event for the end of a stage and the beginning of the next
         begin = clock.current.begin
         clock.end(Event.device, DECODE, 1)
         end = clock.current.end

@@ -398,6 +398,7 @@ def test_counting_without_synchronisation_equals_the_reference(scoring: str) -> 
     layout = RowLayout(16)
     expected = accumulate(logits[:, real], ids[:, real], scoring, layout)
     assert torch.equal(accumulate_masked(logits, ids, real, scoring, layout), expected)
+    assert torch.equal(accumulate_masked(logits, ids, None, scoring, layout), accumulate(logits, ids, scoring, layout))
     nothing = accumulate_masked(logits, ids, torch.zeros(50, dtype=torch.bool), scoring, layout)
     assert int(nothing[:, layout.at("passes")].sum()) == 0
     assert int(nothing[:, : layout.experts].sum()) == 0

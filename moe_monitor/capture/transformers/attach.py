@@ -10,6 +10,7 @@ Undo restores what was there. Where somebody has wrapped the tap meanwhile, the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any, Protocol
 
@@ -47,6 +48,7 @@ class Tap:
         self.owner = owner
         self.active = True
         self.clock: Clock | None = None
+        self.now: Callable[[], Any] = float
         self.logits: Tensor | None = None
         self.ids: Tensor | None = None
         #: When the router was done, for blocks that call each expert by themselves.
@@ -83,14 +85,14 @@ def _tapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if clock is None:
         out = tap.inner(*args, **kwargs)
     else:
-        device = tap.seam.device
-        start = clock.mark(device)
+        start = tap.now()
         out = tap.inner(*args, **kwargs)
-        end = clock.mark(device)
-        clock.add(tap.stage, tap.position, start, end)
-        tap.mark = end
-        if tap.router is not None:
-            clock.add(EXPERTS, tap.position, tap.router.mark, end)
+        tap.mark = end = tap.now()
+        timed = clock.current
+        if timed is not None and start is not None and end is not None:
+            timed.stages.append((tap.stage, tap.position, start, end))
+            if tap.router is not None and tap.router.mark is not None:
+                timed.stages.append((EXPERTS, tap.position, tap.router.mark, end))
     if tap.stage == ROUTER:
         tap.decided(args, kwargs, out)
     return out
@@ -142,7 +144,8 @@ class Taps:
         if getattr(module.__dict__.get(TAP), "active", False):
             raise RuntimeError(f"{seam.name} is monitored already; stop that monitor first")
         tap = Tap(module, stage, position, seam, self._owner)
-        tap.clock = self._clock
+        if self._clock is not None:
+            tap.clock, tap.now = self._clock, self._clock.marker(seam.device)
         self._patches.append((Patch(module, "forward", MethodType(_tapped, module)), Patch(module, TAP, tap)))
         self._all.append(tap)
         return tap

@@ -7,14 +7,15 @@ synchronisation, no host decision), so that CUDA graphs replay it.
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_monitor.capture.meter import accumulate, fixed, row_stats
-from moe_monitor.layout import SCALARS, RowLayout, edges
+from moe_monitor.capture.meter import fixed, probabilities
+from moe_monitor.layout import HISTOGRAMS, SCALARS, RowLayout, edges
 
 #: Most bytes of logits that are stacked at once.
 CHUNK_BYTES = 64 << 20
@@ -23,16 +24,40 @@ CHUNK_BYTES = 64 << 20
 SESSIONS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-_BOUNDS: dict[tuple[str, torch.device], Tensor] = {}
+class Tables(NamedTuple):
+    """What turns values into columns of a row, on a device: bucket bounds of the three ratios and the first column of
+    each [3, 1]; and the column for every number of experts per token [k+1], and of active experts [experts+1]."""
+
+    ratios: tuple[Tensor, ...]
+    starts: Tensor
+    per_token: Tensor
+    active: Tensor
 
 
-def bounds(name: str, device: torch.device) -> Tensor:
-    """Bucket bounds on a device, made once: a CUDA graph cannot capture a copy from ordinary host memory."""
-    key = (name, device)
-    if key not in _BOUNDS:
+RATIOS = ("entropy", "top1", "mass")
+_TABLES: dict[tuple[int, int, torch.device], Tables] = {}
+
+
+def tables(layout: RowLayout, top_k: int, device: torch.device) -> Tables:
+    """Made once: a CUDA graph cannot capture a copy from ordinary host memory."""
+    key = (layout.experts, top_k, device)
+    if key not in _TABLES:
         with torch.inference_mode(mode=False):
-            _BOUNDS[key] = torch.tensor(edges(name), dtype=torch.float32, device=device)
-    return _BOUNDS[key]
+            first = {name: layout.offsets[name].start for name in HISTOGRAMS}
+
+            def bounds(name: str) -> Tensor:
+                return torch.tensor(edges(name), dtype=torch.float32, device=device)
+
+            def columns(name: str, most: int) -> Tensor:
+                return torch.bucketize(torch.arange(most + 1.0, device=device), bounds(name)) + first[name]
+
+            _TABLES[key] = Tables(
+                ratios=tuple(bounds(name) for name in RATIOS),
+                starts=torch.tensor([[first[name]] for name in RATIOS], device=device),
+                per_token=columns("per_token", top_k),
+                active=columns("active", layout.experts),
+            )
+    return _TABLES[key]
 
 
 class Stream(NamedTuple):
@@ -44,43 +69,47 @@ class Stream(NamedTuple):
     batch: int
 
 
-def accumulate_masked(logits: Tensor, ids: Tensor, real: Tensor, scoring: str, layout: RowLayout) -> Tensor:
+def accumulate_masked(logits: Tensor, ids: Tensor, real: Tensor | None, scoring: str, layout: RowLayout) -> Tensor:
     """What :func:`moe_monitor.capture.meter.accumulate` gives for the rows where ``real``, without synchronisation.
 
-    ``logits`` [layers, tokens, experts], ``ids`` [layers, tokens, k], ``real`` bool [tokens] -> int64 [layers, width].
-    ``bincount`` and boolean indexing wait for the device to learn their result's size; this scatters instead. What
-    costs is the number of kernels, not their size, so all columns that count go into one scatter.
+    ``logits`` [layers, tokens, experts], ``ids`` [layers, tokens, k], ``real`` bool [tokens], None if all are ->
+    int64 [layers, width]. ``bincount`` and boolean indexing wait for the device to learn their result's size; this
+    scatters instead. What costs is the number of operations, not their size, so all columns that count go into one
+    scatter, and numbers of experts find their columns in tables.
     """
-    layers, _, experts = logits.shape
-    stats = row_stats(logits, ids, scoring)
-    real = real.expand(layers, -1)
-    finite = stats.finite & real
-    chosen = (ids >= 0) & (ids < experts) & real[..., None]
-    at = layout.offsets
-    ratios = torch.stack((stats.entropy, stats.top1, stats.mass)).nan_to_num()
-
-    def bucket(values: Tensor, name: str) -> Tensor:
-        return torch.bucketize(values, bounds(name, values.device)) + at[name].start
-
-    columns = [torch.where(chosen, ids, 0).flatten(1)]  # experts come first
-    columns += [bucket(values, name) for values, name in zip(ratios, ("entropy", "top1", "mass"), strict=True)]
-    columns.append(bucket(stats.per_token.float(), "per_token"))
-    weights = torch.cat((chosen.flatten(1), finite, finite, finite, real), dim=1)
+    layers, tokens, experts = logits.shape
+    table = tables(layout, ids.shape[-1], ids.device)
+    p, entropy = probabilities(logits, scoring)
+    finite = entropy == entropy  # the entropy is finite or NaN
+    chosen = (ids >= 0) & (ids < experts)
+    expert = torch.where(chosen, ids, 0).long()
+    mass = (p.gather(-1, expert) * chosen).sum(-1)
+    per_token = chosen.sum(-1)
+    scale = 1 / math.log(experts) if experts > 1 else 0.0
+    ratios = torch.stack((entropy * scale, p.amax(-1), mass)).clamp(0, 1)  # [3, layers, tokens]
+    if real is None:
+        counted = torch.ones_like(finite)
+        seen = torch.full((layers,), tokens, device=ids.device)
+        ran = torch.full((layers,), min(tokens, 1), device=ids.device)
+    else:
+        counted = real.expand(layers, -1)
+        seen, ran = counted.sum(-1), counted.any(-1).long()
+        finite, chosen = finite & real, chosen & real[:, None]
+    chosen = chosen.flatten(1)
+    buckets = [torch.bucketize(x, bounds) for x, bounds in zip(ratios, table.ratios, strict=True)]
+    buckets = [expert.flatten(1), (torch.stack(buckets, 1) + table.starts).flatten(1), table.per_token.take(per_token)]
     rows = torch.zeros((layers, layout.width), dtype=torch.int64, device=ids.device)
-    rows.scatter_add_(1, torch.cat(columns, dim=1), weights.long())
-    active = (rows[:, at["experts"]] > 0).sum(-1)
-    ran = real.any(-1).long()
-    rows.scatter_add_(1, bucket(active.float(), "active")[:, None], ran[:, None])
-    entropy, top1, mass = torch.where(finite, fixed(ratios), 0).sum(-1)
-    tokens = real.sum(-1)
+    weights = torch.cat((chosen, finite, finite, finite, counted), dim=1).long()
+    rows.scatter_add_(1, torch.cat(buckets, dim=1), weights)
+    active = (rows[:, :experts] > 0).sum(-1)
+    rows.scatter_add_(1, table.active.take(active)[:, None], ran[:, None])
+    sums = torch.where(finite, fixed(ratios), 0).sum(-1)
     scalars = {
-        "tokens": tokens,
+        "tokens": seen,
         "passes": ran,
-        "nonfinite": tokens - finite.sum(-1),
-        "entropy_sum": entropy,
-        "top1_sum": top1,
-        "mass_sum": mass,
-        "per_token_sum": chosen.sum((1, 2)),
+        "nonfinite": seen - finite.sum(-1),
+        **{f"{name}_sum": total for name, total in zip(RATIOS, sums, strict=True)},
+        "per_token_sum": chosen.sum(-1),
         "active_sum": active,
     }
     rows[:, layout.at(SCALARS[0]) :] = torch.stack([scalars[name] for name in SCALARS], dim=1)
@@ -105,21 +134,16 @@ def rows_of_pass(
             return None
         if real.all():
             real = None
-        else:
-            logits, ids = [x[real] for x in logits], [x[real] for x in ids]
     if on_cpu and logits[0].shape[0] == 0:
         return None
-    if not on_cpu and real is None:
-        real = torch.ones(logits[0].shape[0], dtype=torch.bool, device=logits[0].device)
     step = max(1, CHUNK_BYTES // max(1, 4 * logits[0].numel()))
     parts = []
     for at in range(0, len(logits), step):
         stack = torch.stack(logits[at : at + step]).float()
         chosen = torch.stack(ids[at : at + step])
-        if on_cpu:
-            parts.append(accumulate(stack, chosen, scoring, layout))
+        if on_cpu and real is not None:  # what is padding need not be computed
+            parts.append(accumulate_masked(stack[:, real], chosen[:, real], None, scoring, layout))
         else:
-            assert real is not None
             parts.append(accumulate_masked(stack, chosen, real, scoring, layout))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -87,14 +87,21 @@ def read(seam: Seam, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
         hidden = args[0] if args else next(iter(kwargs.values()))
         with torch.no_grad():
             logits = _linear(seam.router, hidden.detach(), form.dtype)
-    logits = logits.detach().reshape(-1, seam.num_experts)
+    logits = _flat(logits, seam.num_experts)
     if form.ids is not None:
-        return logits, out[form.ids].detach().reshape(-1, seam.top_k)
+        return logits, _flat(out[form.ids], seam.top_k)
     with torch.no_grad():
         # The operations of the blocks of these versions, so that ties fall the same way: a bare gate's block chooses
         # by probability, a router that returns logits and no ids (GraniteMoe up to 4.57) by logit.
         score = torch.softmax(logits, dim=-1, dtype=torch.float) if form.bare else logits.float()
         return logits, torch.topk(score, seam.top_k, dim=-1).indices
+
+
+def _flat(x: Tensor, width: int) -> Tensor:
+    """Detached, as [tokens, width]; most are so already, and every operation is felt where the host is what waits."""
+    if x.requires_grad:
+        x = x.detach()
+    return x if x.ndim == 2 and x.shape[1] == width else x.reshape(-1, width)
 
 
 def _matrices(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -26,14 +26,14 @@ from moe_monitor.analysis.summary import Summary, summarise
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.publisher import Publisher, Reading
 from moe_monitor.capture.transformers.attach import Taps
-from moe_monitor.capture.transformers.count import SESSIONS, Stream, bounds, load_of, rows_of_pass
+from moe_monitor.capture.transformers.count import SESSIONS, Stream, load_of, rows_of_pass, tables
 from moe_monitor.capture.transformers.detect import find_seams
 from moe_monitor.capture.transformers.recording import Recorder
 from moe_monitor.capture.transformers.spans import Spans
 from moe_monitor.capture.transformers.timings import DECODE, PREFILL, Timings
 from moe_monitor.capture.transformers.trunk import Group, Trunk, find_trunk
 from moe_monitor.latency import EngineLatency
-from moe_monitor.layout import HISTOGRAMS, RowLayout
+from moe_monitor.layout import RowLayout
 from moe_monitor.snapshot import EngineSnapshot
 
 logger = logging.getLogger(__name__)
@@ -115,8 +115,7 @@ class Monitor:
                 rows = torch.zeros((len(positions), self.layout.width), dtype=torch.int64, device=device)
                 # CUDA graphs only record changes of tensors whose address they may rely on.
                 torch._dynamo.mark_static_address(rows)
-                for name in HISTOGRAMS:
-                    bounds(name, rows.device)
+                tables(self.layout, self.seams[0].top_k, rows.device)
                 groups.append(Group(device, positions, rows))
         return groups
 

@@ -47,7 +47,8 @@ def demo(tmp_path):
             "COLUMNS": "100",
         }
         process = subprocess.Popen(
-            [*DEMO, "--port", str(free_port(8150)), *arguments],
+            # Whoever runs the tests in a shell's background has SIGINT ignored, and children inherit that.
+            ["env", "--default-signal=INT", *DEMO, "--port", str(free_port(8150)), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

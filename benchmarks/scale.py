@@ -308,7 +308,7 @@ def main() -> None:
     result: dict = {
         "when": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "command": " ".join(["python", "benchmarks/scale.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "load_average": os.getloadavg()[0],
         "versions": {"python": platform.python_version(), "moe-monitor": __version__, "numpy": np.__version__},
         "shape": {"layers": LAYERS, "experts": EXPERTS, "engines": ENGINES},

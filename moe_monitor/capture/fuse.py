@@ -83,17 +83,24 @@ class Fuse:
         if inside is None or self._interrupted or time.perf_counter() - inside[1] < HOOK_SECONDS:
             return
         with self._lock:
-            if self.inside is inside:  # not the next hook, and not vLLM's own code after it
-                self._interrupted = True
+            # First this, which a hook that ends looks at after it has cleared `inside`: so either it sees this, or its
+            # end is seen here. What is raised must not hit the next hook, nor vLLM's own code after it.
+            self._interrupted = True
+            if self.inside is inside:
                 _raise_in(inside[0], HookHung)
+            else:
+                self._interrupted = False
 
     def leave(self, where: str) -> None:
         """The hook has ended: what was raised in its thread but did not arrive must not hit vLLM's code."""
         try:
+            self.inside = None
+            if not self._interrupted:
+                return
             with self._lock:
                 if self._interrupted:
                     _raise_in(threading.get_ident(), None)
-                self.inside, self._interrupted = None, False
+                self._interrupted = False
         except HookHung as error:  # it arrived here
             self.inside, self._interrupted = None, False
             self.blow(where, error)

@@ -234,7 +234,7 @@ class Tracer:
             self._drop("unattributed_passes")
             return None
         single = tokens == len(ids)  # a row for each request
-        starts = range(tokens + 1) if single else [0, *itertools.accumulate(map(scheduled.__getitem__, ids))]
+        starts = None if single else [0, *itertools.accumulate(map(scheduled.__getitem__, ids))]
         if index is None:
             index = dict(zip(ids, range(len(ids)), strict=True))
         codes: Codes | None = None
@@ -247,16 +247,15 @@ class Tracer:
                 raise ValueError(f"the batch says that {name!r} is at {at}, where {ids[at]!r} is")
             if codes is None:
                 codes = np.full(tokens, -1, np.int32)
-            left = prompts[slot] - int(computed[at])  # rows before the prompt's end
-            start = starts[at]
-            if left <= 0:
-                codes[start : starts[at + 1]] = 2 * slot + 1
+            left = prompts[slot] - computed.item(at)  # rows before the prompt's end
+            if starts is None or starts[at + 1] - starts[at] == 1:
+                codes[at if starts is None else starts[at]] = 2 * slot + (left <= 0)
+                decoding &= left <= 0
                 continue
-            decoding = False
-            stop = starts[at + 1]
-            codes[start:stop] = 2 * slot
-            if left < stop - start:
-                codes[start + left : stop] = 2 * slot + 1
+            start, stop = starts[at], starts[at + 1]
+            middle = min(max(start, start + left), stop)
+            codes[start:middle] = 2 * slot
+            codes[middle:stop] = 2 * slot + 1
         self._ids, self._steady = list(ids), single and decoding
         return codes
 

@@ -15,6 +15,7 @@ V1_CPU = "vllm/v1/worker/cpu_model_runner.py"
 V2 = "vllm/v1/worker/gpu/model_runner.py"
 WARMUP = "vllm/v1/worker/gpu/warmup.py"
 GRAPHS = "vllm/v1/worker/gpu/cudagraph_utils.py"
+WRAPPER = "vllm/compilation/cuda_graph.py"
 RUNNER = f"{MOE}/runner/moe_runner.py"
 ROUTER = f"{MOE}/router/base_router.py"
 
@@ -23,6 +24,7 @@ KEPT = (
     "vllm/__init__.py",
     "vllm/version.py",
     "vllm/forward_context.py",
+    WRAPPER,
     "vllm/plugins/__init__.py",
     "vllm/config/*.py",
     "vllm/distributed/__init__.py",
@@ -268,6 +270,19 @@ def _v2_graphs(sources: Sources) -> str:
     return f"{V2}:{full[0].lineno}"
 
 
+def _replays(path: str, cls: str, call: str) -> Test:
+    """Graphs are captured into ``torch.cuda.CUDAGraph`` and replayed by their own ``replay``, which may be replaced."""
+
+    def check(sources: Sources) -> str:
+        made = _calls(sources.tree(path), "torch.cuda.CUDAGraph")
+        calls = _calls(sources.cls(path, cls), call)
+        if not made or not calls:
+            raise Changed(f"no torch.cuda.CUDAGraph that is replayed by {call}()", path, sources.cls(path, cls).lineno)
+        return f"{path}:{calls[0].lineno}"
+
+    return check
+
+
 def _v2_capture(sources: Sources) -> str:
     """Capture asks ``create_forward_fn`` for each graph, the descriptor first, just before it captures."""
     node = sources.function(GRAPHS, "capture", "CudaGraphManager")
@@ -468,6 +483,16 @@ CHECKS = (
     ),
     Check("runner_v2", "graphs are replayed through the manager", _v2_graphs),
     Check("runner_v2", "prepare_inputs runs for real passes only", _v2_prepare),
+    Check(
+        "graphs",
+        "V1 captures into CUDAGraph and calls its replay",
+        _replays(WRAPPER, "CUDAGraphWrapper", "entry.cudagraph.replay"),
+    ),
+    Check(
+        "graphs",
+        "V2 captures into CUDAGraph and calls its replay",
+        _replays(GRAPHS, "CudaGraphManager", "self.graphs[desc].replay"),
+    ),
     Check(
         "latency",
         "MoERunner._forward_impl(hidden_states, router_logits)",

@@ -32,6 +32,8 @@ from moe_monitor.capture.driver import DriverError  # noqa: E402
 
 LAYERS, EXPERTS = 2, 4
 GATE, TOP_K, MOVE, GEMM = 4_000, 3_000, 1_000, 50_000
+#: The monitor's own node at the end of a graph, which is no part of the step.
+COUNT = 700_000
 
 
 def stamps(**at: int) -> np.ndarray:
@@ -170,6 +172,8 @@ def captured(driver: FakeDriver, clock: DeviceClock, key=("FULL", 8), gate: str 
     driver.begin_capture()
     for layer in range(LAYERS):
         block(driver, clock, layer, gate=gate)
+    clock.note_end()
+    driver.kernel("moe_monitor_count", COUNT)
     clock.end_of_graph(graph, key, whole=key[0] == "FULL")
     graph.executable = driver.end_capture()
     clock.after_capture()
@@ -218,7 +222,7 @@ def test_passes_that_are_not_sampled_run_the_ordinary_graph():
         before = driver.now
         run(clock, graph.replay, number, ("FULL", 8))
         if number % 10:
-            assert driver.now - before == LAYERS * (2_000 + GATE + MOVE + TOP_K + 500 + GEMM + 9_000)
+            assert driver.now - before == LAYERS * (2_000 + GATE + MOVE + TOP_K + 500 + GEMM + 9_000) + COUNT
         clock.collect()
     assert clock.table.arrays["step"].sum() == 3
 
@@ -300,7 +304,7 @@ def test_a_twin_that_cannot_be_launched_costs_a_sample_and_no_pass():
     driver.ran = []
     run(clock, graph.replay, 2, ("FULL", 8))
     run(clock, graph.replay, 3, ("FULL", 8))
-    assert len(driver.ran) == 2 * 7 * LAYERS
+    assert len(driver.ran) == 2 * (7 * LAYERS + 1)
     clock.collect()
     assert clock.table.arrays["step"].sum() == 3
     assert clock.table.arrays["layer"].sum() == 0
@@ -313,6 +317,7 @@ def test_no_more_twins_than_device_memory_is_set_aside_for(monkeypatch):
     driver.begin_capture()
     for layer in range(LAYERS):
         block(driver, clock, layer)
+    clock.note_end()
     clock.end_of_graph(second, ("FULL", 16), whole=True)
     second.executable = driver.end_capture()
     clock.after_capture()
@@ -349,4 +354,4 @@ def test_graphs_captured_anew_replace_their_twins():
     assert clock.table.arrays["layer"].sum() == LAYERS * 3
     driver.ran = []
     run(clock, old.replay, 4, ("FULL", 8))
-    assert len(driver.ran) == 7 * LAYERS
+    assert len(driver.ran) == 7 * LAYERS + 1

@@ -6,6 +6,7 @@ A graph replay writes new values into the memory that capture saw; here the test
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -52,7 +53,7 @@ class Device:
         options = {"memory_limit": 64 << 20} | options
         self.meter = CudaMeter(range(LAYERS), EXPERTS, TOP_K, "softmax", is_capturing=lambda: self.capturing, **options)
         self.expected = torch.zeros((LAYERS, LAYOUT.width), dtype=torch.int64)
-        self.memory = {}
+        self.memory, self.sealed = {}, {}
         torch.manual_seed(0)
 
     def decide(self, rows):
@@ -69,13 +70,30 @@ class Device:
                 logits[layer] += 1
 
     @torch.inference_mode()
-    def capture(self, key, rows, span=Span()):  # noqa: B008 - frozen
+    def capture(self, key, rows, span=Span(), pieces=((0, 1, 2),)):  # noqa: B008 - frozen
+        """In graphs that hold those layers. What is launched while a graph is captured runs at its replays."""
         self.meter.begin_dummy()
         self.capturing = True
         self.memory[key] = self.decide(rows)
-        for layer in range(LAYERS):
-            self.meter.observe(layer, self.memory[key][0][layer], self.memory[key][1][layer], key, span)
+        self.sealed[key] = []
+        for layers in pieces:
+            for layer in layers:
+                self.meter.observe(layer, self.memory[key][0][layer], self.memory[key][1][layer], key, span)
+            launcher, launched = self.meter._launcher, []
+            if launcher is not None:
+                launcher.launch = lambda *args, into=launched, **kwargs: into.append((args, kwargs))
+            sealed = self.meter.seal(key)
+            if launcher is not None:
+                del launcher.launch
+            self.sealed[key].append((sealed, launched))
         self.capturing = False
+
+    def run_graphs(self, key):
+        for sealed, launched in self.sealed[key]:
+            if sealed is not None and not self.meter.repeats(sealed):
+                self.meter.before_replay(sealed)
+            for args, kwargs in launched:
+                self.meter._launcher.launch(*args, **kwargs)
 
     def count(self, logits, ids, start, n):
         if n:
@@ -89,8 +107,15 @@ class Device:
         self.meter.begin_pass(tokens)
         logits.copy_(fresh[0])
         ids.copy_(fresh[1])
+        self.run_graphs(key)
         self.count(logits, ids, start, tokens)
         return self.meter.end_pass(key, tokens)
+
+    @torch.inference_mode()
+    def dummy(self, key):
+        """A replay that must not be counted, as of a rank without work."""
+        self.meter.begin_dummy()
+        self.run_graphs(key)
 
     @torch.inference_mode()
     def eager(self, tokens, rows=None, layers=range(LAYERS)):
@@ -123,6 +148,147 @@ def test_replays_and_passes_without_a_graph_add_up() -> None:
     assert device.replay("a", 13) and device.replay("b", 8) and device.eager(20, rows=24) and device.replay("a", 1)
     assert device.meter.capture == "retain" and device.meter.passes == 4
     device.check()
+
+
+def sealed(device, key):
+    return [graph is not None for graph, _ in device.sealed[key]]
+
+
+@interpreted
+def test_sealed_graphs_count_by_themselves() -> None:
+    device = Device()
+    device.warm_up(32)
+    device.meter.before_capture(rows=24, most=16)
+    device.capture("a", 16)
+    device.capture("b", 8, pieces=((0,), (1,), (2,)))
+    assert sealed(device, "a") == [True] and sealed(device, "b") == [False, False, True]
+    device.check()
+    told = []
+    tell = device.meter._control.tell
+    device.meter._control.tell = lambda *args: (told.append(args), tell(*args))
+    for _ in range(3):
+        assert device.replay("a", 13)
+        device.dummy("b")
+        device.dummy("a")
+        assert device.replay("b", 8) and device.eager(20, rows=24) and device.replay("b", 1)
+    assert device.replay("a", 16)
+    assert [args[0] for args in told] == [13, 0, 0, 8, 1] * 3 + [16]
+    assert device.meter.passes == 13
+    device.check()
+
+
+@interpreted
+def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() -> None:
+    pytest.importorskip("vllm")
+    from moe_monitor.capture.fuse import Fuse
+    from moe_monitor.capture.vllm.attach import Capture
+    from moe_monitor.capture.vllm.context import Parallel
+
+    device = TracingDevice()
+    capture = Capture.__new__(Capture)
+    capture.fuse, capture.meter, capture.timing = Fuse(logging.getLogger("test")), device.meter, None
+    capture.replayed, capture.capturing, capture.tracer = None, None, None
+    capture._parallel = Parallel(0, 1, 0, 1)
+    device.warm_up(32)
+    device.meter.before_capture(rows=40, most=16)
+    device.capture("a", 16)
+    device.capture("b", 8)
+    device.meter._stream = object()  # as after the first pass on a GPU: passes may begin the short way
+    short = []
+
+    @torch.inference_mode()
+    def step(key, tokens):
+        logits, ids = device.memory[key] if key else device.decide(tokens)
+        short.append(device.meter.clean)
+        capture.begin_pass(tokens)
+        if key:
+            for kept, fresh in zip(device.memory[key], device.decide(len(logits[0])), strict=True):
+                kept.copy_(fresh)
+            for graph, launched in device.sealed[key]:
+                capture.before_replay(graph)
+                for args, kwargs in launched:
+                    device.meter._launcher.launch(*args, **kwargs)
+        else:
+            for layer in range(LAYERS):
+                device.meter.observe(layer, logits[layer], ids[layer], None, Span())
+        device.count(logits, ids, 0, tokens)
+        capture.end_pass(tokens)
+
+    device.owners(0, -1, 2)
+    for key, tokens in (("a", 3), ("a", 3), ("a", 3), (None, 3), ("a", 3), ("b", 3), ("b", 2), ("b", 2), (None, 1)):
+        step(key, tokens)
+    capture.begin_dummy()
+    device.run_graphs("b")
+    device.owners(4, 5, -1)
+    for key, tokens in (("b", 3), ("b", 3), ("a", 3)):
+        step(key, tokens)
+    assert short == [False, True, True, True, False, True, True, True, True, False, True, True]
+    assert not capture.fuse.blown and device.meter.passes == 12
+    device.meter._stream = None  # what follows reads as without a GPU
+    device.check()
+    device.check_requests([0, 1, 2])
+    device.meter._stream = object()
+    capture.begin_pass(3)
+    capture.before_replay(device.sealed["b"][0][0])
+    capture.end_pass(2)
+    assert capture.fuse.blown
+
+
+@interpreted
+def test_what_changes_between_replays_is_sent_and_nothing_else() -> None:
+    device = TracingDevice()
+    device.warm_up(8)
+    device.meter.before_capture(rows=40, most=8)
+    device.capture("a", 8)
+    sent = []
+    views = device.meter._control._views
+
+    def places():
+        return [v[0].sum() for found in views.values() for v in found]
+
+    device.owners(0, -1, 3)
+    assert device.replay("a", 3)
+    sent.append(device.meter._control._at)
+    assert device.replay("a", 3) and device.replay("a", 3)
+    sent.append(device.meter._control._at)
+    device.owners(0, -1, 3)  # another batch, as far as anybody knows
+    assert device.replay("a", 3)
+    sent.append(device.meter._control._at)
+    device.owners(-1, -1, -1)
+    assert device.replay("a", 3) and device.replay("a", 3)
+    sent.append(device.meter._control._at)
+    assert np.diff(sent).tolist() == [0, 1, 1] and places()
+    device.check()
+    device.check_requests([0, 1, 2])
+
+
+@interpreted
+def test_graphs_that_cannot_be_sealed_are_counted_after_their_replays() -> None:
+    device = Device()
+    device.warm_up(32)
+    device.meter.before_capture(rows=24, most=8)
+    device.capture("a", 16)  # larger than was said
+    device.capture("b", 8, pieces=((0, 1), (2,), ()))
+    device.meter._graphs["b"].sealed = False  # and then a draft model's graph, of the same name
+    assert sealed(device, "a") == [False] and sealed(device, "b") == [False, True, False]
+    device.meter._graphs["b"].sealed = True
+    assert device.replay("a", 9) and device.replay("b", 2)
+    device.check()
+
+
+@interpreted
+def test_a_replay_of_a_sealed_graph_that_was_not_announced_is_noticed() -> None:
+    device = Device()
+    device.warm_up(8)
+    device.meter.before_capture(rows=8, most=8)
+    device.capture("a", 8)
+    device.meter.begin_pass(4)
+    with pytest.raises(RuntimeError, match="by other means"):
+        device.meter.end_pass("a", 4)
+    device.meter.begin_pass(4)
+    device.run_graphs("a")
+    with pytest.raises(RuntimeError, match="4 tokens were counted"):
+        device.meter.end_pass("a", 3)
 
 
 @interpreted
@@ -174,14 +340,14 @@ def test_where_retaining_is_not_possible_the_kernel_goes_into_the_graph(why) -> 
     device.capture("a", 8)
     assert not device.meter.read_rows().any()
     device.meter.begin_pass(5)
-    assert device.meter._valid_device.item() == 5
+    assert device.meter._control.head[0].item() == 5
     logits, ids = device.memory["a"]
     for layer in range(LAYERS):  # what the replayed graph does
         device.meter._launcher.launch(
             device.meter._table[layer : layer + 1],
             8,
             row_of=device.meter._row_of[layer : layer + 1],
-            n_valid_device=device.meter._valid_device,
+            n_valid_device=device.meter._control.head,
         )
     assert device.meter.end_pass("a", 5)
     device.count(logits, ids, 0, 5)
@@ -225,12 +391,14 @@ class TracingDevice(Device):
 
 
 @interpreted
-def test_traced_requests_are_tallied_in_replays_and_without_graphs() -> None:
+@pytest.mark.parametrize("most", [0, 16], ids=["after the replay", "sealed"])
+def test_traced_requests_are_tallied_in_replays_and_without_graphs(most) -> None:
     device = TracingDevice()
     device.warm_up(8)
-    device.meter.before_capture(rows=40)
+    device.meter.before_capture(rows=40, most=most)
     device.capture("a", 8)
     device.capture("b", 16, Span(start=8, rows=8))
+    assert sealed(device, "a") == sealed(device, "b") == [most > 0]
     device.owners(0, 0, -1, 2, 2)
     assert device.eager(5)
     device.owners(1, 3, -1)

@@ -284,7 +284,7 @@ def test_no_tokens_change_nothing():
     slots = torch.zeros(6, dtype=I32, device=DEVICE)
     for n in (0, -1):
         bench.launch(logits, ids, n, slot_of_row=slots)
-        count = torch.tensor([n], dtype=I32, device=DEVICE)
+        count = torch.tensor([n, 1], dtype=I32, device=DEVICE)
         bench.launch(logits, ids, 6, n_valid_device=count, expect=0, slot_of_row=slots)
     assert not bench.rows.any()
     fresh = Tallies.empty(2, 2, 8, DEVICE)
@@ -296,9 +296,9 @@ def test_no_tokens_change_nothing():
 def test_the_device_may_say_how_many():
     bench = Bench(64, 8, B16)
     logits, ids = bench.decisions(50)
-    count = torch.zeros(1, dtype=I32, device=DEVICE)
+    count = torch.zeros(2, dtype=I32, device=DEVICE)
     for n, expect in ((1, 1), (0, 0), (33, 33), (48, 48), (60, 48)):  # no more than there can be
-        count.fill_(n)
+        count[0] = n
         bench.launch(logits, ids, 48, start=2, n_valid_device=count, expect=expect)
     bench.check()
 
@@ -449,14 +449,14 @@ def test_inside_a_cuda_graph():
     bench.launcher.warm_up()
     logits, ids = bench.decisions(256)
     table = table_of(zip(logits, ids, strict=True)).to(DEVICE)
-    count = torch.zeros(1, dtype=I32, device=DEVICE)
+    count = torch.zeros(2, dtype=I32, device=DEVICE)
     slots = torch.full((256,), -1, dtype=I32, device=DEVICE)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         bench.launcher.launch(table, 256, n_valid_device=count, slot_of_row=slots)
     assert not bench.rows.any()
     for n in (256, 0, 1, 100):
-        count.fill_(n)
+        count[0] = n
         graph.replay()
         if n:
             bench.passes.append((list(range(16)), logits[:, :n].cpu(), ids[:, :n].cpu()))

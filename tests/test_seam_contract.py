@@ -174,6 +174,8 @@ MUTATIONS = [
     ("vllm/v1/worker/gpu/model_runner.py", "        dummy_run: bool = False,\n", "", "dummy_run)", "changed"),
     ("vllm/v1/worker/gpu/model_runner.py", "dummy_run=True", "dummy=True", "dummy passes", "changed"),
     ("vllm/v1/worker/gpu/model_runner.py", ".run_fullgraph(", ".replay(", "graphs are replayed", "changed"),
+    ("vllm/compilation/cuda_graph.py", "entry.cudagraph.replay()", "replay(entry.cudagraph)", "V1 captures", "changed"),
+    ("vllm/v1/worker/gpu/cudagraph_utils.py", "].replay()", "].run()", "V2 captures", "changed"),
     ("vllm/v1/worker/gpu/input_batch.py", "    num_tokens: int\n", "", "input_batch.num_tokens", "missing"),
     ("vllm/v1/worker/gpu/cudagraph_utils.py", "create_forward_fn(desc,", "create_forward_fn(", "descriptor", "changed"),
     ("vllm/v1/worker/gpu/model_runner.py", "self.prepare_inputs(", "self.prepare(", "prepare_inputs runs", "changed"),

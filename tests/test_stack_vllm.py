@@ -52,7 +52,10 @@ class Load:
 
     def __init__(self, server: Server) -> None:
         self.server, self.stopped, self.sent = server, threading.Event(), 0
-        self.until, self.pause = time.monotonic() + 420, 0.05  # Prometheus and its rules share two cores with the server
+        self.until, self.pause = (
+            time.monotonic() + 420,
+            0.05,
+        )  # Prometheus and its rules share two cores with the server
         self.threads = [threading.Thread(target=self._run, args=(i,)) for i in range(1)]
 
     def _run(self, client: int) -> None:

@@ -1,9 +1,11 @@
-"""The meter for CUDA: exact under CUDA graphs, with one kernel launch per step.
+"""The meter for CUDA: exact under CUDA graphs, with one kernel per step.
 
 Python inside the model runs while a graph is captured and never when it is replayed. So every captured router's
 logits and ids are *retained*: the references keep their memory in the graph's pool from being handed out again, and
-after each replay one kernel reads all layers through a table of addresses. Passes without a graph hand their tensors
-over directly and take the same kernel.
+one kernel reads all layers through a table of addresses. It is the last node of the graph that holds the last layer
+(:meth:`CudaMeter.seal`), so that a replay costs the host nothing but to say how many tokens are real, and only when
+that changes. A graph that could not be sealed has the same kernel launched after its replay. Passes without a graph
+hand their tensors over directly and take the same kernel.
 
 Retaining is unsafe where compiled code reuses the memory of logits inside the graph (Inductor's buffer reuse happens
 below the allocator, references do not prevent it). That is a property of the compiled code, so it is looked for in the
@@ -24,14 +26,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_monitor.capture.control import Control
 from moe_monitor.capture.kernels import Launcher
-from moe_monitor.capture.tallies import DeviceTallies
+from moe_monitor.capture.tallies import Codes, DeviceTallies
 from moe_monitor.layout import RowLayout
 
 #: Addresses of this many passes without a graph may be on their way to the device at once.
 _RING = 16
-#: Graphs (times layers) whose addresses the in-graph kernel can look up.
-_INGRAPH_GRAPHS = 512
+#: Graphs whose addresses kernels inside of them can look up.
+_GRAPHS = 512
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Retained:
     tensors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     table: Tensor | None = None
     strides: tuple[int, int] = (0, 0)
+    #: Whether a replay counts by itself.
+    sealed: bool = False
 
 
 def _checksum(tensor: Tensor) -> Tensor:
@@ -97,6 +102,7 @@ class CudaMeter:
         self.fallback = "MOE_MONITOR_CAPTURE=ingraph" if forced == "ingraph" else ""
         self._forced = forced
         self.tallies = tallies
+        self._stream: torch.cuda.Stream | None = None
         self._memory_limit = memory_limit - (0 if tallies is None else tallies.bytes)
         self._pending_limit = pending_limit
         self._launcher: Launcher | None = None
@@ -106,6 +112,17 @@ class CudaMeter:
         self._graphs: dict[Hashable, Retained] = {}
         self._suspects: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self._is_capturing = is_capturing
+        self._control: Control | None = None
+        #: The sealed graph that was replayed in this pass.
+        self.counted: Retained | None = None
+        #: The key under which layers were seen since a capture last ended.
+        self._seen_in: Hashable | None = None
+        #: What the last replay was of, and told; None after one that did not count.
+        self._told: Retained | None = None
+        self._told_valid = 0
+        self._told_codes: Codes | None = None
+        #: Nothing is left of the pass before, so a pass begins with its number of tokens and no more.
+        self.clean = False
 
     # set-up: on the first router of the first (warm-up) pass, outside vLLM's weight memory pool
 
@@ -127,32 +144,26 @@ class CudaMeter:
             scoring=self.scoring,
             tallies=None if self.tallies is None else self.tallies.set_up(device),
         )
-        launcher.warm_up(requests=(False,) if self.tallies is None else (False, True), device_n=(False,))
+        launcher.warm_up()
         self._unsafe = torch.zeros((), dtype=torch.bool, device=device)
         # Triton's interpreter runs all this on a CPU, for tests
         self._pinned = device.type == "cuda"
         self._host_rows = torch.empty_like(self._rows, device="cpu", pin_memory=self._pinned)
-        self._stream: torch.cuda.Stream | None = None
         self._ring = torch.empty((_RING, layers, 2), dtype=torch.int64, pin_memory=self._pinned)
         self._ring_numpy = self._ring.numpy()
         self._ring_device = torch.empty((_RING, layers, 2), dtype=torch.int64, device=device)
         self._ring_at = 0
         if self.capture == "ingraph":
-            self._set_up_ingraph()
+            self._set_up_inside(0)
         return launcher
 
     @torch.inference_mode(False)
-    def _set_up_ingraph(self) -> None:
-        assert self._launcher is not None
-        self._launcher.warm_up(requests=(False,), device_n=(True,))
+    def _set_up_inside(self, rows: int) -> None:
+        """What kernels inside graphs of up to ``rows`` rows read: made before the capture, out of the graphs' pool."""
         layers = len(self.layers)
-        self._valid_device = torch.zeros(1, dtype=torch.int32, device=self._device)
-        self._valid_host = torch.zeros((_RING, 1), dtype=torch.int32, pin_memory=self._pinned)
-        self._valid_numpy = self._valid_host.numpy()
-        self._valid_at = 0
-        self._valid_now = 0
-        self._table = torch.zeros((_INGRAPH_GRAPHS * layers, 2), dtype=torch.int64, device=self._device)
-        self._table_host = np.zeros((_INGRAPH_GRAPHS * layers, 2), dtype=np.int64)
+        self._control = Control(self._device, rows)
+        self._table = torch.zeros((_GRAPHS * layers, 2), dtype=torch.int64, device=self._device)
+        self._table_host = np.zeros((_GRAPHS * layers, 2), dtype=np.int64)
         self._table_used = 0
         self._table_uploaded = 0
 
@@ -168,6 +179,7 @@ class CudaMeter:
         if self._is_capturing():
             self._capturing(layer, logits, ids, key, span)
             return
+        self.clean = False
         if self._launcher is None:
             self._set_up(logits, ids)
         if self.valid == 0:
@@ -200,24 +212,87 @@ class CudaMeter:
         if graph is None or layer in graph.tensors:  # captured anew: the old graph is gone
             graph = self._graphs[key] = Retained(span)
         graph.tensors[layer] = (logits, ids)
+        self._seen_in = key
         if self.capture != "ingraph":
             return
         assert self._launcher is not None
-        at = self._table_used
-        if at >= len(self._table_host):
-            raise RuntimeError(f"more than {_INGRAPH_GRAPHS} graphs were captured")
-        self._table_used += 1
-        self._table_host[at] = logits.data_ptr(), ids.data_ptr()
+        assert self._control is not None
+        if self._table_used >= len(self._table_host):
+            raise RuntimeError(f"more than {_GRAPHS} graphs were captured")
         if span.skip:
             raise RuntimeError("capture inside the graph does not know sequence-parallel shards")
         self._launcher.launch(
-            self._table[at : at + 1],
+            self._reserve_table([(logits, ids)]),
             min(logits.shape[0] - span.start, span.rows),
             row_start=span.start,
             row_of=self._row_of[layer : layer + 1],
             strides=(logits.stride(0), ids.stride(0)),
-            n_valid_device=self._valid_device,
+            n_valid_device=self._control.head,
         )
+
+    def _reserve_table(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Places in the device's table for these addresses, which are sent there before the next pass."""
+        first, self._table_used = self._table_used, self._table_used + len(pairs)
+        self._table_host[first : self._table_used] = [(a.data_ptr(), b.data_ptr()) for a, b in pairs]
+        return self._table[first : self._table_used]
+
+    def seal(self, key: Hashable) -> Retained | None:
+        """The capture of the graph ``key``, or of a piece of it, is about to end: if all layers were seen by now, the
+        kernel that counts them is put there. Whoever replays it calls :meth:`before_replay` with what is returned
+        first. None: the capture goes on in another piece, or it cannot be sealed, and is counted after its replays.
+        """
+        seen_in, self._seen_in = self._seen_in, None
+        if seen_in != key:  # another model's, such as a draft model's
+            return None
+        graph, control = self._graphs.get(key), self._control
+        if self.capture != "retain" or graph is None or control is None or self._launcher is None or graph.sealed:
+            return None
+        if len(graph.tensors) != len(self.layers) or self._table_used + len(self.layers) > len(self._table_host):
+            return None
+        span = graph.span
+        pairs = self._alike(graph)
+        most = min(pairs[0][0].shape[0] - span.start, span.rows)
+        if span.start + most > control.rows:
+            return None
+        self._launcher.launch(
+            self._reserve_table(pairs),
+            most,
+            row_start=span.start,
+            strides=graph.strides,
+            n_valid_device=control.head,
+            slot_of_row=None if self.tallies is None else control.owners,
+        )
+        graph.sealed = True
+        return graph
+
+    def repeats(self, graph: Retained) -> bool:
+        """Whether :meth:`before_replay` has nothing to tell, for the pass is as the last one was; then that is done."""
+        if graph is not self._told or self.valid != self._told_valid or not self.clean or self.counted is not None:
+            return False
+        if self.tallies is not None and self.tallies.codes is not self._told_codes:
+            return False
+        self.counted = graph
+        return True
+
+    def before_replay(self, graph: Retained) -> None:
+        """A sealed graph is about to be replayed, in a pass that counts or in one that does not."""
+        control, span = self._control, graph.span
+        assert control is not None
+        tokens = span.valid(self.valid) if self.valid else 0
+        if self._table_uploaded < self._table_used:
+            self._upload_table()
+        if tokens:
+            codes = None if self.tallies is None else self.tallies.codes
+            control.tell(tokens, codes, span.start, span.skip)
+        else:
+            control.tell(0)
+        self._told = None
+        if self.valid:
+            if self.counted is not None or self._pending:
+                raise RuntimeError("a pass was counted twice")
+            self.counted = self._told = graph
+            self._told_valid = self.valid
+            self._told_codes = None if self.tallies is None else self.tallies.codes
 
     @property
     def retained_bytes(self) -> int:
@@ -226,8 +301,10 @@ class CudaMeter:
 
     # before and after the capture of graphs
 
-    def before_capture(self, rows: int) -> None:
-        """Decide how to capture; ``rows`` is the sum of rows over all graphs to come. Waits for the device."""
+    def before_capture(self, rows: int, most: int = 0) -> None:
+        """Decide how to capture; ``rows`` is the sum of rows over all graphs to come, ``most`` those of the largest.
+        Waits for the device.
+        """
         self._graphs.clear()
         if self._launcher is None or self.capture == "ingraph":
             return
@@ -243,7 +320,7 @@ class CudaMeter:
             if self._forced == "retain":
                 raise RuntimeError(f"MOE_MONITOR_CAPTURE=retain is not possible: {self.fallback}")
             self.capture = "ingraph"
-            self._set_up_ingraph()
+        self._set_up_inside(most)
 
     # the step
 
@@ -254,7 +331,9 @@ class CudaMeter:
         self._pending.clear()
         self._done.clear()
         self._pending_bytes = 0
+        self.counted = None
         self.valid = tokens
+        self.clean = self.capture == "retain" and self._stream is not None
         if self.capture == "ingraph" and self._launcher is not None:
             self._set_valid(tokens)
 
@@ -265,33 +344,39 @@ class CudaMeter:
             self._set_valid(0)
 
     def _set_valid(self, tokens: int) -> None:
+        assert self._control is not None
         if self._table_uploaded < self._table_used:
-            fresh = slice(self._table_uploaded, self._table_used)
-            self._table[fresh] = torch.from_numpy(self._table_host[fresh]).to(self._device)
-            self._table_uploaded = self._table_used
-        if tokens == self._valid_now:
-            return
-        self._valid_now = tokens
-        self._valid_at = (self._valid_at + 1) % _RING
-        self._valid_numpy[self._valid_at] = tokens
-        self._valid_device.copy_(self._valid_host[self._valid_at], non_blocking=True)
+            self._upload_table()
+        self._control.tell(tokens)
+
+    @torch.inference_mode(False)
+    def _upload_table(self) -> None:
+        fresh = slice(self._table_uploaded, self._table_used)
+        self._table[fresh] = torch.from_numpy(self._table_host[fresh]).to(self._device)
+        self._table_uploaded = self._table_used
 
     def end_pass(self, key: Hashable | None, tokens: int) -> bool:
         """The pass has run, replaying the graph ``key`` (None: without a graph), and had ``tokens`` real tokens.
 
-        Returns whether every layer was seen: False means that capture is not live.
+        Returns whether every layer was seen: False means that capture is not live. ``key`` is not looked at after the
+        replay of a sealed graph.
         """
-        self.valid = 0
+        told, self.valid = self.valid, 0
         if self._launcher is None:
             return False
         if self._stream is None and self._pinned:
             self._stream = torch.cuda.current_stream(self._device)
             if self.tallies is not None:
                 self.tallies.launched_on(self._stream)
-        if key is not None and not self._pending:
+        if self.counted is not None:
+            if tokens != told or self._pending:
+                raise RuntimeError(f"{told} tokens were counted in a graph, the pass had {tokens}")
+        elif key is not None and not self._pending:
             graph = self._graphs.get(key)
             if graph is None or len(graph.tensors) != len(self.layers):
                 return False
+            if graph.sealed:
+                raise RuntimeError("a sealed graph was replayed by other means than its own")
             if self.capture == "retain":
                 self._after_replay(graph, tokens)
         else:
@@ -317,7 +402,12 @@ class CudaMeter:
         return self.tallies.rows(span.start, span.skip, n)
 
     def _finish(self, graph: Retained) -> None:
-        """First replay of a graph: its addresses go to the device, and all layers must agree in form."""
+        """First replay of a graph that is not sealed: its addresses go to the device."""
+        addresses = torch.tensor([(a.data_ptr(), b.data_ptr()) for a, b in self._alike(graph)], dtype=torch.int64)
+        graph.table = addresses.to(self._device)
+
+    def _alike(self, graph: Retained) -> list[tuple[Tensor, Tensor]]:
+        """All layers' decisions in a graph, in order; they must agree in form, which is noted."""
         ordered = [graph.tensors[i] for i in range(len(self.layers))]
         forms = {(a.dtype, a.shape, a.stride(), b.dtype, b.shape, b.stride()) for a, b in ordered}
         if len(forms) != 1:
@@ -326,8 +416,7 @@ class CudaMeter:
         if any(a[1] > b[0] for a, b in itertools.pairwise(ranges)):
             raise RuntimeError("two layers' decisions share memory in a captured graph")
         graph.strides = (ordered[0][0].stride(0), ordered[0][1].stride(0))
-        addresses = torch.tensor([(a.data_ptr(), b.data_ptr()) for a, b in ordered], dtype=torch.int64)
-        graph.table = addresses.to(self._device)
+        return ordered
 
     def _work_off(self, tokens: int) -> None:
         """Count the decisions at hand of a pass without a graph."""

@@ -239,8 +239,16 @@ class DeviceClock:
         self.capturing = False
         self._marks = None
 
+    def note_end(self) -> None:
+        """The model's own part of a graph that is a whole pass ends here."""
+        marks, tail = self._here()
+        if marks is not None and marks.marks:
+            marks.note(self._driver, _GRAPH_END, tail)
+
     def end_of_graph(self, graph: Any, key: Hashable, *, whole: bool) -> None:
-        """The capture into ``graph`` (a ``torch.cuda.CUDAGraph``) is about to end. ``whole``: it is the whole pass."""
+        """The capture into ``graph`` (a ``torch.cuda.CUDAGraph``) is about to end. ``whole``: it is the whole pass,
+        and its end was noted.
+        """
         marks, _ = self._here()
         self._marks = None
         if marks is None or not marks.marks:
@@ -248,7 +256,7 @@ class DeviceClock:
         twin = Twin(self._stamper, marks.graph, marks.marks)
         group = self._groups.setdefault(key, _Group(whole))
         group.twins.append(twin)
-        twin.prepare((_GRAPH_FIRST, _GRAPH_BEGIN), _GRAPH_END if whole else None)
+        twin.prepare((_GRAPH_FIRST, _GRAPH_BEGIN))
         group.nodes += twin.nodes
         self._stand_in(graph, group, twin)
 

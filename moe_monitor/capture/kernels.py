@@ -17,7 +17,6 @@ against copies. Importing this module needs neither Triton nor CUDA.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -54,10 +53,11 @@ if triton is not None:
         rows,  # int64 [layers, WIDTH]
         table, row_of,  # of each layer launched: int64 [2] addresses of logits and ids; int32 the row it adds to
         bounds, columns,  # float32 and int32 [4, WIDE], see _plan
-        n_valid_device,  # int32 [1]
+        n_valid_device,  # int32 [2]: valid tokens, and (HAS_REQUESTS) whether any request is traced
         slot_of_row, req_counts, req_stats,  # see tally_reference
         n_valid,  # valid tokens; with DEVICE_N the most there can be
-        row_start, logits_stride, ids_stride, layers, slots,
+        row_start, logits_stride, ids_stride, layers,
+        slots,  # 0: no request is traced
         LOGITS: tl.constexpr, IDS: tl.constexpr, ITEM: tl.constexpr,  # types, and bytes of a logit
         WIDTH: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
         EP: tl.constexpr, KP: tl.constexpr,  # E (32 at least) and K rounded up to powers of two
@@ -68,6 +68,9 @@ if triton is not None:
     ):  # fmt: skip
         index, part = tl.program_id(0), tl.program_id(1)
         n = tl.minimum(tl.load(n_valid_device), n_valid) if DEVICE_N else n_valid
+        attributed = n * tl.minimum(slots, 1)  # tokens that slot_of_row tells of: all or none
+        if DEVICE_N and HAS_REQUESTS:
+            attributed *= tl.load(n_valid_device + 1)
         row = tl.load(row_of + index).to(tl.int64)
         logits_address = tl.load(table + 2 * index)
         ids_at = tl.load(table + 2 * index + 1).to(tl.pointer_type(IDS))
@@ -160,7 +163,7 @@ if triton is not None:
                     own = tl.where(s == 6, (live & ~finite).to(tl.int32)[:, None], own)
                     sums += tl.where(s == 0, live.to(tl.int32)[:, None], tl.where(s == 1, per_token[:, None], own))
                     if HAS_REQUESTS:
-                        code = tl.load(slot_of_row + at, mask=live, other=-1)
+                        code = tl.load(slot_of_row + at, mask=start + token < attributed, other=-1)
                         traced = (code >= 0) & (code < 2 * slots)
                         if tl.max(traced.to(tl.int32), 0) > 0:
                             tally = tl.where(traced, code // 2, 0).to(tl.int64) * layers + row
@@ -322,25 +325,26 @@ class Launcher:
             *(padded, triton.next_power_of_2(top_k), self._block, self.chunk, _WIDE, _NARROW, active_sum),
             *(1 / math.log(experts) if experts > 1 else 0.0, float(FIXED_POINT), scoring == "sigmoid"),
         )
-        self._compiled: dict[tuple[bool, bool], Any] = {}
+        self._compiled: dict[bool, Any] = {}
 
-    def warm_up(self, requests: Iterable[bool] = (False, True), device_n: Iterable[bool] = (False, True)) -> None:
-        """Compile and load variants, so that no real step does: tracing requests or not, number of valid tokens on the
-        device or not. Small and large steps differ only in their grid. Each runs once, on no tokens: nothing changes.
+    def warm_up(self, device_n: Iterable[bool] = (False, True)) -> None:
+        """Compile and load variants, so that no real step does: number of valid tokens on the device or not. Small and
+        large steps differ only in their grid. Each runs once, on no tokens: nothing changes.
         """
         self._nothing = torch.zeros((1, 2), dtype=torch.int64, device=self._tensors[0].device)
-        for variant in itertools.product(device_n, requests):
+        for variant in device_n:
             arguments = self._arguments(self._tensors, [self._nothing, None, None, None], (0, 0, 0, 0), variant)
             kernel = _meter_kernel[(1, 2)](*arguments, num_warps=self.warps)
             self._compiled[variant] = kernel and (kernel.run, kernel.function, kernel.packed_metadata)
 
     def _arguments(
-        self, own: tuple[Any, ...], given: list[Any], numbers: Sequence[int], variant: Any
+        self, own: tuple[Any, ...], given: list[Any], numbers: Sequence[int], device_n: bool
     ) -> tuple[Any, ...]:
         rows, spare, bounds, columns, counts, stats = own
         table, row_of, n_valid, slot_of_row = [spare if x is None else x for x in given]
         head = (rows, table, row_of, bounds, columns, n_valid, slot_of_row, counts, stats)
-        return (*head, *numbers, self._layers, self._slots, *self._constants, *variant)
+        slots = 0 if given[3] is None else self._slots
+        return (*head, *numbers, self._layers, slots, *self._constants, device_n, self._slots > 0)
 
     def parts(self, layers: int, tokens: int) -> int:
         """Programs per layer of a launch over so many layers and (at most) so many tokens."""
@@ -364,9 +368,9 @@ class Launcher:
         Rows ``row_start .. row_start + n_valid`` of each layer's logits and ids are the real tokens. ``row_of`` (int32
         [launched]): the counter row that each entry of the table adds to, default 0, 1, 2... ``strides``: elements from
         one token to the next in logits and ids, default (experts, top_k). ``slot_of_row`` (int32, indexed by row as the
-        logits) traces requests. With ``n_valid_device`` (int32 [1]) the device says how many tokens are real, and
-        ``n_valid`` how many there can be: more are cut off. ``stream``: a raw CUDA stream, default torch's current one;
-        the launcher's device must be the current one.
+        logits) traces requests. With ``n_valid_device`` (int32 [2]) the device says how many tokens are real and
+        whether requests are traced (0 or 1), and ``n_valid`` how many there can be: more are cut off. ``stream``: a
+        raw CUDA stream, default torch's current one; the launcher's device must be the current one.
 
         Checks nothing: tensors must be what is said here, contiguous, and alive until the launch has run.
         """
@@ -375,7 +379,7 @@ class Launcher:
         grid = (table.shape[0], self.parts(table.shape[0], n_valid), 1)
         given: list[Any] = [table, row_of, n_valid_device, slot_of_row]
         numbers = (n_valid, row_start, *(strides or self._strides))
-        variant = (n_valid_device is not None, slot_of_row is not None)
+        variant = n_valid_device is not None
         if self._direct:
             given = [None if t is None else t.data_ptr() for t in given]
         arguments = self._arguments(self._handles, given, numbers, variant)
@@ -383,7 +387,7 @@ class Launcher:
             _meter_kernel[grid](*arguments, num_warps=self.warps)
             return
         if variant not in self._compiled:
-            self.warm_up(variant[1:], variant[:1])
+            self.warm_up((variant,))
         stream = torch._C._cuda_getCurrentRawStream(self._index) if stream is None else stream
         run, function, metadata = self._compiled[variant]
         run(*grid, stream, function, metadata, None, None, None, *arguments)  # as Triton does, without its look-ups

@@ -98,16 +98,13 @@ class Twin:
         known = frozenset((find(a, clone), find(b, clone)) for a, b in mark.before_this)
         return Mark(mark.slot, tuple(find(node, clone) for node in mark.after), known)
 
-    def prepare(self, begin: tuple[int, int], end: int | None = None) -> None:
-        """Put in the stamps: at the marks, two in a row before everything (slots ``begin``), one after everything."""
+    def prepare(self, begin: tuple[int, int]) -> None:
+        """Put in the stamps: at the marks, and two in a row before everything (slots ``begin``)."""
         for mark in self._marks:
             self._insert(mark)
         self._marks = []
         for slot in reversed(begin):
             self._insert(Mark(slot, (), frozenset()))
-        if end is not None:
-            leaves = [n for n in self._driver.nodes(self._clone) if not self._driver.dependents(n)]
-            self._stamps.add(self._stamper.add(self._clone, leaves, end))
 
     @property
     def nodes(self) -> int:

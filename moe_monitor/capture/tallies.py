@@ -96,7 +96,8 @@ class DeviceTallies:
         self.slots = slots
         self._shape = (slots, layers, experts)
         self.tallies: Tallies | None = None
-        self._codes: Codes | None = None
+        #: Whose the rows of the coming pass are.
+        self.codes: Codes | None = None
         self._sent: tuple[Codes, int, int, int] | None = None
         self._sent_to: Tensor | None = None
         #: Rounded number of rows -> (host as numpy, host, device) of every place of the ring: slicing takes its time.
@@ -131,7 +132,7 @@ class DeviceTallies:
         self._at = -1
 
     def set_rows(self, codes: Codes | None) -> None:
-        self._codes = codes
+        self.codes = codes
 
     def rows(self, start: int, skip: int, n: int) -> Tensor | None:
         """The attribution on the device for a launch over ``n`` router rows from ``start`` on, of which the first is
@@ -139,7 +140,7 @@ class DeviceTallies:
 
         Indexed as the router's rows are. Sent only when it has changed.
         """
-        codes = self._codes
+        codes = self.codes
         if codes is None or n <= 0:
             return None
         if self._sent is not None and self._sent[0] is codes and self._sent[1:] == (start, skip, n):

@@ -8,15 +8,15 @@ slot of ``set_capture_fn`` to vLLM's own use.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 import moe_monitor
 from moe_monitor.capture.clock import ROUTE_BEGIN, ROUTE_END
-from moe_monitor.capture.cuda import CudaMeter
+from moe_monitor.capture.cuda import CudaMeter, Retained
 from moe_monitor.capture.device_clock import TWINS_MIB
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.meter import Meter
@@ -292,12 +292,15 @@ class Capture:
         if self.timing is not None:
             self.timing.scheduled = scheduled.num_scheduled_tokens
         tracer = self.tracer
-        if tracer is None or (tracer.idle and not scheduled.scheduled_new_reqs):
+        if tracer is None:
+            return
+        fresh = scheduled.scheduled_new_reqs
+        finished, preempted = scheduled.finished_req_ids, scheduled.preempted_req_ids
+        if not fresh and (tracer.idle or not (finished or preempted)):
             return
         with self.fuse.guard("requests"):
-            new = [_new(request) for request in scheduled.scheduled_new_reqs]
-            preempted = scheduled.preempted_req_ids or ()
-            tracer.step(new, preempted, scheduled.finished_req_ids, scheduled.num_scheduled_tokens)
+            new = [_new(request) for request in fresh]
+            tracer.step(new, preempted or (), finished, scheduled.num_scheduled_tokens)
 
     def trace_rows(self, batch: Any, scheduled: Any, computed: str, tokens: int | None = None) -> None:
         """Whose the rows of the coming pass are. ``batch`` is the model runner's, ``scheduled`` tokens by request id,
@@ -319,10 +322,13 @@ class Capture:
             if timing is not None:
                 timing.dummy()
             return
-        with self.fuse.guard("record"):
-            self.replayed = None
-            if self.meter is not None:
-                self.meter.begin_pass(tokens)
+        self.replayed = None
+        meter = self.meter
+        if isinstance(meter, CudaMeter) and meter.clean:  # in most passes; the guard alone would take longer
+            meter.counted, meter.valid = None, tokens
+        elif meter is not None:
+            with self.fuse.guard("record"):
+                meter.begin_pass(tokens)
         if timing is not None:
             timing.begin(tokens)
 
@@ -347,6 +353,14 @@ class Capture:
         if self.fuse.blown:
             return
         timing, meter = self.timing, self.meter
+        timed = timing is not None and timing.sampling
+        if isinstance(meter, CudaMeter) and meter.clean and meter.counted is not None and not timed:
+            start = time.perf_counter()
+            if meter.valid == tokens:  # the graph has counted them
+                meter.valid = 0
+                meter.passes += 1
+                self.fuse.status.hook_seconds += time.perf_counter() - start
+                return
         if timing is not None:
             timing.stop()
         key: Hashable | None = None
@@ -355,7 +369,8 @@ class Capture:
             if isinstance(meter, Meter):
                 complete = meter.end_pass()
             else:
-                key = graph_key() if self.replayed is None else self.replayed
+                if meter is None or meter.counted is None or timed:
+                    key = graph_key() if self.replayed is None else self.replayed
                 if meter is not None:
                     complete = meter.end_pass(key, tokens)
             if not complete:
@@ -363,9 +378,18 @@ class Capture:
         if timing is not None:
             timing.end(key)
 
-    def capturing_graphs(self) -> AbstractContextManager[None]:
-        """Around vLLM's capture of its CUDA graphs."""
-        return nullcontext() if self.timing is None or self.fuse.blown else self.timing.capturing()
+    def before_replay(self, graph: Retained) -> None:
+        """A graph that counts by itself is about to be replayed."""
+        meter = self.meter
+        if self.fuse.blown or not isinstance(meter, CudaMeter) or meter.repeats(graph):
+            return
+        with self.fuse.guard("record"):
+            meter.before_replay(graph)
+
+    def batch_is(self, tokens: int) -> None:
+        """The coming pass has so many tokens, where the model runner may have dropped some that were scheduled."""
+        if not self.fuse.blown and isinstance(self.meter, CudaMeter):
+            self.meter.valid = tokens
 
     def before_capture(self, config: Any) -> None:
         """vLLM is about to capture CUDA graphs; ``config`` is its compilation config."""
@@ -374,7 +398,10 @@ class Capture:
         with self.fuse.guard("record", serving=False):
             mode = config.cudagraph_mode
             kinds = 2 if mode.separate_routine() else 1  # decode graphs beside mixed ones
-            self.meter.before_capture(kinds * sum(config.cudagraph_capture_sizes or ()))
+            sizes = config.cudagraph_capture_sizes or (0,)
+            # Data-parallel engines are counted after their replays: sealed graphs were not run there yet.
+            most = max(sizes) if self._parallel.dp_size == 1 else 0
+            self.meter.before_capture(kinds * sum(sizes), most)
             self.fuse.status.capture = self.meter.capture
             self.fuse.status.reason = self.meter.fallback
             if self.meter.fallback:

@@ -23,7 +23,6 @@ from moe_monitor.capture.device_clock import DeviceClock
 from moe_monitor.capture.driver import Driver
 from moe_monitor.capture.fuse import Guard
 from moe_monitor.capture.vllm import op
-from moe_monitor.capture.vllm.context import graph_key
 from moe_monitor.latency import LatencyTable
 
 if TYPE_CHECKING:
@@ -147,6 +146,11 @@ class Timing:
         with self.guard():
             clock.begin(passes, tokens, lambda: kind_of(self.scheduled, self.decode_tokens), self._rows())
 
+    @property
+    def sampling(self) -> bool:
+        """Whether the pass in progress is timed."""
+        return self.clock is not None and self.clock.sampling
+
     def stop(self) -> None:
         """The pass has run; the monitor's own work comes next."""
         if self.clock is not None and self.clock.sampling:
@@ -208,34 +212,36 @@ class Timing:
 
     # graphs
 
-    @contextmanager
-    def capturing(self) -> Iterator[None]:
-        """While vLLM captures its graphs, lay a twin of each aside."""
-        clock = self.clock
-        if not isinstance(clock, DeviceClock):
-            yield
+    def _capturing(self) -> DeviceClock | None:
+        return self.clock if isinstance(self.clock, DeviceClock) and self.clock.capturing else None
+
+    def before_graphs(self) -> None:
+        """vLLM is about to capture its graphs."""
+        if isinstance(self.clock, DeviceClock):
+            with self.guard(serving=False):
+                self.clock.before_capture()
+
+    def note_end(self, key: Any) -> None:
+        """The model's part of the graph ``key``, or of a piece of it, is captured."""
+        clock = self._capturing()
+        if clock is not None and key[0] == "FULL":
+            with self.guard(serving=False):
+                clock.note_end()
+
+    def lay_twin_aside(self, graph: Any, key: Any) -> None:
+        """The capture into ``graph`` is about to end."""
+        clock = self._capturing()
+        if clock is None:
             return
-        original = torch.cuda.CUDAGraph.capture_end
-
-        def capture_end(graph: Any) -> None:
-            if self.clock is clock and clock.capturing:
-                with self.guard(serving=False):
-                    key = graph_key()
-                    key = self._capture.capturing if key is None else key
-                    if key is not None:
-                        whole = key[0] == "FULL"  # type: ignore[index]
-                        if whole or _power_of_two(key[1].num_tokens):  # type: ignore[index]
-                            clock.end_of_graph(graph, key, whole=whole)
-            original(graph)
-
         with self.guard(serving=False):
-            clock.before_capture()
-            torch.cuda.CUDAGraph.capture_end = capture_end  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            torch.cuda.CUDAGraph.capture_end = original  # type: ignore[method-assign]
-            clock.after_capture()
+            whole = key[0] == "FULL"
+            if whole or _power_of_two(key[1].num_tokens):
+                clock.end_of_graph(graph, key, whole=whole)
+
+    def after_graphs(self) -> None:
+        """vLLM has captured its graphs."""
+        if isinstance(self.clock, DeviceClock):
+            self.clock.after_capture()
 
     # what the publisher asks for
 

@@ -70,8 +70,12 @@ def patch_dummies(runner: Any, capture: Capture) -> None:
 
     @functools.wraps(capture_model)
     def capture_graphs(*args: Any, **kwargs: Any) -> Any:
+        if capture.fuse.blown:
+            return capture_model(*args, **kwargs)
+        from moe_monitor.capture.vllm import graphs
+
         capture.before_capture(runner.compilation_config)
-        with capture.capturing_graphs():
+        with graphs.capturing(capture):
             return capture_model(*args, **kwargs)
 
     runner._dummy_run = dummy

@@ -1,0 +1,70 @@
+"""Seam: the moment in which vLLM's capture of a CUDA graph ends, and the graph's replays.
+
+At that moment the last node can still be added, the kernel that counts the pass, and a copy for timing can be made.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_monitor.capture.cuda import CudaMeter, Retained
+from moe_monitor.capture.vllm.context import graph_key
+
+if TYPE_CHECKING:
+    from moe_monitor.capture.vllm.attach import Capture
+
+
+@contextmanager
+def capturing(capture: Capture) -> Iterator[None]:
+    """While vLLM captures its graphs."""
+    original = torch.cuda.CUDAGraph.capture_end
+    timing = capture.timing
+
+    def capture_end(graph: Any) -> None:
+        key: Hashable | None = None
+        sealed: Retained | None = None
+        with capture.fuse.guard("record", serving=False):
+            if not capture.fuse.blown:
+                key = graph_key()
+                key = capture.capturing if key is None else key
+        if key is not None:
+            if timing is not None:
+                timing.note_end(key)  # before the node that is ours
+            with capture.fuse.guard("record", serving=False):
+                if isinstance(capture.meter, CudaMeter):
+                    sealed = capture.meter.seal(key)
+            if timing is not None:
+                timing.lay_twin_aside(graph, key)
+        original(graph)
+        if sealed is not None:
+            _tell_before_replay(graph, capture, sealed)
+
+    if timing is not None:
+        timing.before_graphs()
+    torch.cuda.CUDAGraph.capture_end = capture_end  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.cuda.CUDAGraph.capture_end = original  # type: ignore[method-assign]
+        if timing is not None:
+            timing.after_graphs()
+
+
+def _tell_before_replay(graph: Any, capture: Capture, sealed: Retained) -> None:
+    own: Callable[[], None] | None = graph.__dict__.get("replay")  # that of a twin
+    if own is None:
+        method, itself = type(graph).replay, weakref.ref(graph)  # no cycle: the graph's memory goes when it does
+        own = lambda: method(itself())  # noqa: E731
+
+    replay, before = own, capture.before_replay
+
+    def told() -> None:
+        before(sealed)
+        replay()
+
+    graph.replay = told

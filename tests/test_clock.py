@@ -30,6 +30,7 @@ from moe_monitor.capture.clock import (  # noqa: E402
 from moe_monitor.capture.device_clock import DeviceClock  # noqa: E402
 from moe_monitor.capture.driver import DriverError  # noqa: E402
 
+device_clock._BETWEEN = 1.0  # the simulated device's stamps take the same everywhere
 LAYERS, EXPERTS = 2, 4
 GATE, TOP_K, MOVE, GEMM = 4_000, 3_000, 1_000, 50_000
 #: The monitor's own node at the end of a graph, which is no part of the step.

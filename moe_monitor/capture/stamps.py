@@ -5,8 +5,8 @@ graph is cloned and a one-thread kernel is put at each mark of the clone, which 
 slot of a buffer. The clone has the same kernels with the same arguments in the same order, so it writes the same
 results to the same memory; the graph that vLLM replays is not touched, and a step that is not sampled costs nothing.
 
-A stamp takes about a microsecond of its own, the same everywhere, and two stamps in a row say how much: durations are
-the difference of two stamps less that.
+A stamp takes about a microsecond of its own, and two stamps in a row say how much, on this device: durations are the
+difference of two stamps less what one adds.
 """
 
 from __future__ import annotations

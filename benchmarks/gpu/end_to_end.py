@@ -199,7 +199,8 @@ def compare(args: argparse.Namespace, folder: Path, scratch: Path, began: float)
                         prompts = max(concurrency, prompts // 4)
                     body = SHARED.get(arm, ("", {}))[1]
                     values = client.run(servers[arm].port, concurrency, prompts, turn, body)
-                    time.sleep(0.6)  # the counters are published twice a second
+                    if before[1] >= 0:  # not NaN: the server is monitored
+                        time.sleep(0.6)  # the counters are published twice a second
                     after = hooks(servers[arm])
                     steps = after[1] - before[1]
                     host = 1e6 * (after[0] - before[0]) / steps if steps > 0 else None
@@ -223,8 +224,11 @@ def compare(args: argparse.Namespace, folder: Path, scratch: Path, began: float)
         with contextlib.suppress(Exception):
             for arm in args.arms:
                 samples = servers[arm].metrics()
-                names = ("moe_monitor_active", "moe_monitor_sampled_requests_total", "moe_monitor_dropped_total")
-                seen = {name: total(samples, name) for name in names}
+                names = ("moe_monitor_active", "moe_monitor_sampled_requests_total")
+                seen: dict[str, Any] = {name: total(samples, name) for name in names}
+                seen["dropped"] = {
+                    labels["what"]: n for name, labels, n in samples if name == "moe_monitor_dropped_total" and n
+                }
                 info = [labels.get("capture") for name, labels, _ in samples if name == "moe_monitor_info"]
                 say("STATE", arm=arm, capture=info, **{k: None if v != v else v for k, v in seen.items()})
         stop_all(list(dict.fromkeys(servers.values())))

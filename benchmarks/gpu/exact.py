@@ -70,6 +70,11 @@ def main() -> None:
 
     from moe_monitor.capture.vllm import runners
 
+    if args.replay and not args.off:
+        import timing
+
+        timing.keep_plain()
+
     attached = []
     patch_dummies = runners.patch_dummies
     runners.patch_dummies = lambda runner, capture: attached.append(runner) or patch_dummies(runner, capture)
@@ -131,6 +136,8 @@ def main() -> None:
         "host_us_per_pass": round(1e6 * capture.fuse.status.hook_seconds / max(1, reading.passes), 1),
     }
     if capture.meter is not None:
+        graphs = capture.meter._graphs.values()
+        result["graphs"], result["sealed"] = len(graphs), sum(graph.sealed for graph in graphs)
         layout = capture.meter.layout
         result["tokens"] = int(layout.column(reading.rows, "tokens").max())
         result["retained_mib"] = round(getattr(capture.meter, "retained_bytes", 0) / 2**20, 1)

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,10 +198,12 @@ def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() 
     short = []
 
     @torch.inference_mode()
-    def step(key, tokens):
+    def step(key, tokens, scheduled=None):
         logits, ids = device.memory[key] if key else device.decide(tokens)
         short.append(device.meter.clean)
-        capture.begin_pass(tokens)
+        capture.begin_pass(scheduled or tokens)
+        if scheduled:
+            capture.batch_is(SimpleNamespace(num_tokens=tokens))
         if key:
             for kept, fresh in zip(device.memory[key], device.decide(len(logits[0])), strict=True):
                 kept.copy_(fresh)
@@ -223,7 +226,8 @@ def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() 
     for key, tokens in (("b", 3), ("b", 3), ("a", 3)):
         step(key, tokens)
     assert short == [False, True, True, True, False, True, True, True, True, False, True, True]
-    assert not capture.fuse.blown and device.meter.passes == 12
+    step("a", 3, scheduled=5)  # the model runner dropped two
+    assert not capture.fuse.blown and device.meter.passes == 13
     device.meter._stream = None  # what follows reads as without a GPU
     device.check()
     device.check_requests([0, 1, 2])
@@ -231,7 +235,10 @@ def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() 
     capture.begin_pass(3)
     capture.before_replay(device.sealed["b"][0][0])
     capture.end_pass(2)
-    assert capture.fuse.blown
+    assert capture.fuse.blown and "3 tokens were counted in a graph" in capture.fuse.status.reason
+    capture.fuse = Fuse(logging.getLogger("test"))
+    capture.batch_is("not what vLLM says it is")
+    assert "num_tokens" in capture.fuse.status.reason
 
 
 @interpreted

@@ -33,6 +33,9 @@ class Capture:
     def begin_dummy(self) -> None:
         self.said.append("dummy")
 
+    def batch_is(self, batch: Any) -> None:
+        self.said.append(("batch", batch))
+
     def trace_rows(self, batch: Any, scheduled: Any, computed: str, tokens: int | None = None) -> None:
         self.said.append(("rows", batch))
 
@@ -78,7 +81,7 @@ def said(runner: Any) -> list[Any]:
 
 def test_a_real_pass(runner: Any) -> None:
     runner.execute_model(output(a=3, b=1))
-    assert said(runner) == ["step", ("pass", 4), ("rows", "batch"), ("end", 4)]
+    assert said(runner) == ["step", ("pass", 4), ("batch", "batch"), ("rows", "batch"), ("end", 4)]
 
 
 def test_a_dummy_pass_is_not_counted(runner: Any) -> None:
@@ -108,7 +111,7 @@ def test_warming_kernels_up_is_no_work(runner: Any) -> None:
     assert patched(runner, runner.execute_model, None) == "warm"
     assert said(runner) == ["dummy"] * 3
     runner.execute_model(output(a=2))
-    assert said(runner) == ["step", ("pass", 2), ("rows", "batch"), ("end", 2)]
+    assert said(runner) == ["step", ("pass", 2), ("batch", "batch"), ("rows", "batch"), ("end", 2)]
 
 
 def test_a_warm_up_that_fails_leaves_counting_on(runner: Any) -> None:

@@ -294,8 +294,12 @@ class Capture:
         tracer = self.tracer
         if tracer is None:
             return
-        fresh = scheduled.scheduled_new_reqs
-        finished, preempted = scheduled.finished_req_ids, scheduled.preempted_req_ids
+        try:
+            fresh, finished = scheduled.scheduled_new_reqs, scheduled.finished_req_ids
+            preempted = scheduled.preempted_req_ids
+        except AttributeError as error:
+            self.fuse.blow("requests", error)
+            return
         if not fresh and (tracer.idle or not (finished or preempted)):
             return
         with self.fuse.guard("requests"):
@@ -386,10 +390,13 @@ class Capture:
         with self.fuse.guard("record"):
             meter.before_replay(graph)
 
-    def batch_is(self, tokens: int) -> None:
-        """The coming pass has so many tokens, where the model runner may have dropped some that were scheduled."""
-        if not self.fuse.blown and isinstance(self.meter, CudaMeter):
-            self.meter.valid = tokens
+    def batch_is(self, batch: Any) -> None:
+        """The coming pass has this batch's tokens: the model runner may have dropped some that were scheduled."""
+        meter = self.meter
+        if self.fuse.blown or not isinstance(meter, CudaMeter):
+            return
+        with self.fuse.guard("record"):
+            meter.valid = int(batch.num_tokens)
 
     def before_capture(self, config: Any) -> None:
         """vLLM is about to capture CUDA graphs; ``config`` is its compilation config."""

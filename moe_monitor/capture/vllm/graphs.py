@@ -42,7 +42,8 @@ def capturing(capture: Capture) -> Iterator[None]:
                 timing.lay_twin_aside(graph, key)
         original(graph)
         if sealed is not None:
-            _tell_before_replay(graph, capture, sealed)
+            with capture.fuse.guard("record", serving=False):
+                _tell_before_replay(graph, capture, sealed)
 
     if timing is not None:
         timing.before_graphs()

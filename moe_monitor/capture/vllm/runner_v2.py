@@ -64,7 +64,7 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
         batch = prepare_inputs(scheduler_output, *args, **kwargs)
         if capture.warming_up:
             return batch
-        capture.batch_is(int(batch.num_tokens))
+        capture.batch_is(batch)
         capture.trace_rows(batch, scheduler_output.num_scheduled_tokens, "num_computed_tokens_np")
         return batch
 

@@ -33,10 +33,11 @@ from vllm.forward_context import BatchDescriptor, CUDAGraphMode, ForwardContext,
 
 from moe_monitor.capture import kernels
 from moe_monitor.capture.clock import HostClock, Work
-from moe_monitor.capture.cuda import CudaMeter, Retained, Span
+from moe_monitor.capture.cuda import CudaMeter
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.kernels import Launcher
 from moe_monitor.capture.requests import Tracer
+from moe_monitor.capture.retained import Retained, Span
 from moe_monitor.capture.tallies import DeviceTallies
 from moe_monitor.capture.vllm.attach import Capture
 from moe_monitor.capture.vllm.context import Parallel
@@ -101,7 +102,7 @@ def capture_of(ratio: float, descriptors: list[BatchDescriptor], *, sealed: bool
     for descriptor in descriptors:
         pair = (torch.zeros((8, EXPERTS), dtype=torch.bfloat16), torch.zeros((8, TOP_K), dtype=torch.int32))
         graph = Retained(Span(), dict.fromkeys(range(LAYERS), pair), table=torch.zeros((LAYERS, 2), dtype=torch.int64))
-        graph.strides, graph.sealed = (EXPERTS, TOP_K), sealed
+        graph.strides, graph.control = (EXPERTS, TOP_K), meter._control if sealed else None
         meter._graphs[CUDAGraphMode.FULL.name, descriptor] = graph
     capture.tracer = Tracer(tallies, ratio, capture.fuse.status, possible=lambda: meter.capture != "ingraph")
     capture.timing = Timing(capture, [(i, None) for i in range(LAYERS)], 200, Work(1), EXPERTS)

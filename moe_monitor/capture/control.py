@@ -1,10 +1,13 @@
-"""What the host tells kernels inside CUDA graphs before a replay: how many tokens are real, and whose they are.
+"""What kernels inside CUDA graphs read, and the host tells them: where the decisions lie, how many tokens are real, and
+whose they are.
 
 A replayed launch has the arguments of its capture, so what changes from pass to pass lies in device memory. It is sent
 in the stream's order and only when it has changed: steady decoding sends nothing.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,10 +23,10 @@ _RING = 16
 
 
 class Control:
-    """``head`` int32 [2] and ``owners`` int32 [rows] on the device, and the way there."""
+    """``head`` int32 [2], ``owners`` int32 [rows] and a table of ``addresses`` pairs on the device; the way there."""
 
     @torch.inference_mode(False)
-    def __init__(self, device: torch.device, rows: int) -> None:
+    def __init__(self, device: torch.device, rows: int, addresses: int) -> None:
         self.rows = rows
         pinned = device.type == "cuda"
         self._host = torch.zeros((_RING, _HEAD + rows), dtype=torch.int32, pin_memory=pinned)
@@ -35,11 +38,34 @@ class Control:
         self._at = 0
         #: Length sent -> (host as numpy, host, device) by place of the ring: slicing takes its time.
         self._views: dict[int, list[tuple[NDArray[np.int32], Tensor, Tensor]]] = {}
+        self._table = torch.zeros((addresses, 2), dtype=torch.int64, device=device)
+        self._table_host = np.zeros((addresses, 2), dtype=np.int64)
+        self._reserved = self._uploaded = 0
+
+    def has_room(self, n: int) -> bool:
+        """Whether so many more pairs of addresses fit."""
+        return self._reserved + n <= len(self._table_host)
+
+    def reserve(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Places int64 [n, 2] in the table for the addresses of (logits, ids), which are there once :meth:`tell` was
+        called next. Sends nothing by itself: a graph is being captured.
+        """
+        first, self._reserved = self._reserved, self._reserved + len(pairs)
+        self._table_host[first : self._reserved] = [(a.data_ptr(), b.data_ptr()) for a, b in pairs]
+        return self._table[first : self._reserved]
+
+    @torch.inference_mode(False)
+    def _upload(self) -> None:
+        fresh = slice(self._uploaded, self._reserved)
+        self._table[fresh] = torch.from_numpy(self._table_host[fresh]).to(self._table.device)
+        self._uploaded = self._reserved
 
     def tell(self, tokens: int, codes: Codes | None = None, start: int = 0, skip: int = 0) -> None:
         """The next replay has ``tokens`` real tokens in rows ``start`` on, of which the first is the batch's ``skip``;
         ``codes`` say whose the batch's rows are (None: nobody is traced).
         """
+        if self._uploaded < self._reserved:
+            self._upload()
         if tokens == self._tokens and codes is self._codes and start == self._start and skip == self._skip:
             return
         self._at = at = (self._at + 1) % _RING

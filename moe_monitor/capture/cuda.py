@@ -16,10 +16,8 @@ and the number of valid tokens is read on the device.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -28,6 +26,7 @@ from torch import Tensor
 
 from moe_monitor.capture.control import Control
 from moe_monitor.capture.kernels import Launcher
+from moe_monitor.capture.retained import Retained, Span, checksum
 from moe_monitor.capture.tallies import Codes, DeviceTallies
 from moe_monitor.layout import RowLayout
 
@@ -35,39 +34,6 @@ from moe_monitor.layout import RowLayout
 _RING = 16
 #: Graphs whose addresses kernels inside of them can look up.
 _GRAPHS = 512
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where this rank's tokens lie in what a router saw.
-
-    Rows from ``start`` on, at most ``rows`` of them; the first ``skip`` tokens of the batch went to other ranks.
-    """
-
-    start: int = 0
-    rows: int = 1 << 30
-    skip: int = 0
-
-    def valid(self, tokens: int) -> int:
-        return max(0, min(tokens - self.skip, self.rows))
-
-
-@dataclass
-class Retained:
-    """The decisions of one captured graph; the tensors are held for their memory."""
-
-    span: Span
-    tensors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    table: Tensor | None = None
-    strides: tuple[int, int] = (0, 0)
-    #: Whether a replay counts by itself.
-    sealed: bool = False
-
-
-def _checksum(tensor: Tensor) -> Tensor:
-    """Sum over the tensor's bits, on the device: what overwrites it changes this, NaNs included."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.view(integers).sum(dtype=torch.int64)
 
 
 class CudaMeter:
@@ -160,12 +126,7 @@ class CudaMeter:
     @torch.inference_mode(False)
     def _set_up_inside(self, rows: int) -> None:
         """What kernels inside graphs of up to ``rows`` rows read: made before the capture, out of the graphs' pool."""
-        layers = len(self.layers)
-        self._control = Control(self._device, rows)
-        self._table = torch.zeros((_GRAPHS * layers, 2), dtype=torch.int64, device=self._device)
-        self._table_host = np.zeros((_GRAPHS * layers, 2), dtype=np.int64)
-        self._table_used = 0
-        self._table_uploaded = 0
+        self._control = Control(self._device, rows, _GRAPHS * len(self.layers))
 
     # what the routers say
 
@@ -197,13 +158,13 @@ class CudaMeter:
     def _suspect(self, layer: int, logits: Tensor, ids: Tensor) -> None:
         if layer in self._suspects or self._pending_bytes > self._pending_limit:
             self._acquit()
-        self._suspects[layer] = (logits, _checksum(logits), ids, _checksum(ids))
+        self._suspects[layer] = (logits, checksum(logits), ids, checksum(ids))
         self._pending_bytes += logits.nbytes + ids.nbytes
 
     def _acquit(self) -> None:
         """A warm-up pass is over: compare, on the device, without waiting."""
         for logits, logits_sum, ids, ids_sum in self._suspects.values():
-            self._unsafe |= (_checksum(logits) != logits_sum) | (_checksum(ids) != ids_sum)
+            self._unsafe |= (checksum(logits) != logits_sum) | (checksum(ids) != ids_sum)
         self._suspects.clear()
         self._pending_bytes = 0
 
@@ -217,24 +178,18 @@ class CudaMeter:
             return
         assert self._launcher is not None
         assert self._control is not None
-        if self._table_used >= len(self._table_host):
+        if not self._control.has_room(1):
             raise RuntimeError(f"more than {_GRAPHS} graphs were captured")
         if span.skip:
             raise RuntimeError("capture inside the graph does not know sequence-parallel shards")
         self._launcher.launch(
-            self._reserve_table([(logits, ids)]),
+            self._control.reserve([(logits, ids)]),
             min(logits.shape[0] - span.start, span.rows),
             row_start=span.start,
             row_of=self._row_of[layer : layer + 1],
             strides=(logits.stride(0), ids.stride(0)),
             n_valid_device=self._control.head,
         )
-
-    def _reserve_table(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Places in the device's table for these addresses, which are sent there before the next pass."""
-        first, self._table_used = self._table_used, self._table_used + len(pairs)
-        self._table_host[first : self._table_used] = [(a.data_ptr(), b.data_ptr()) for a, b in pairs]
-        return self._table[first : self._table_used]
 
     def seal(self, key: Hashable) -> Retained | None:
         """The capture of the graph ``key``, or of a piece of it, is about to end: if all layers were seen by now, the
@@ -247,22 +202,22 @@ class CudaMeter:
         graph, control = self._graphs.get(key), self._control
         if self.capture != "retain" or graph is None or control is None or self._launcher is None or graph.sealed:
             return None
-        if len(graph.tensors) != len(self.layers) or self._table_used + len(self.layers) > len(self._table_host):
+        if len(graph.tensors) != len(self.layers) or not control.has_room(len(self.layers)):
             return None
         span = graph.span
-        pairs = self._alike(graph)
+        pairs = graph.ordered()
         most = min(pairs[0][0].shape[0] - span.start, span.rows)
         if span.start + most > control.rows:
             return None
         self._launcher.launch(
-            self._reserve_table(pairs),
+            control.reserve(pairs),
             most,
             row_start=span.start,
             strides=graph.strides,
             n_valid_device=control.head,
             slot_of_row=None if self.tallies is None else control.owners,
         )
-        graph.sealed = True
+        graph.control = control
         return graph
 
     def repeats(self, graph: Retained) -> bool:
@@ -276,11 +231,9 @@ class CudaMeter:
 
     def before_replay(self, graph: Retained) -> None:
         """A sealed graph is about to be replayed, in a pass that counts or in one that does not."""
-        control, span = self._control, graph.span
+        control, span = graph.control, graph.span
         assert control is not None
         tokens = span.valid(self.valid) if self.valid else 0
-        if self._table_uploaded < self._table_used:
-            self._upload_table()
         if tokens:
             codes = None if self.tallies is None else self.tallies.codes
             control.tell(tokens, codes, span.start, span.skip)
@@ -306,6 +259,7 @@ class CudaMeter:
         Waits for the device.
         """
         self._graphs.clear()
+        self._told, self.clean = None, False
         if self._launcher is None or self.capture == "ingraph":
             return
         self._acquit()
@@ -334,26 +288,14 @@ class CudaMeter:
         self.counted = None
         self.valid = tokens
         self.clean = self.capture == "retain" and self._stream is not None
-        if self.capture == "ingraph" and self._launcher is not None:
-            self._set_valid(tokens)
+        if self.capture == "ingraph" and self._control is not None:
+            self._control.tell(tokens)
 
     def begin_dummy(self) -> None:
         """A pass that must not be counted is about to run."""
         self.valid = 0
-        if self.capture == "ingraph" and self._launcher is not None:
-            self._set_valid(0)
-
-    def _set_valid(self, tokens: int) -> None:
-        assert self._control is not None
-        if self._table_uploaded < self._table_used:
-            self._upload_table()
-        self._control.tell(tokens)
-
-    @torch.inference_mode(False)
-    def _upload_table(self) -> None:
-        fresh = slice(self._table_uploaded, self._table_used)
-        self._table[fresh] = torch.from_numpy(self._table_host[fresh]).to(self._device)
-        self._table_uploaded = self._table_used
+        if self.capture == "ingraph" and self._control is not None:
+            self._control.tell(0)
 
     def end_pass(self, key: Hashable | None, tokens: int) -> bool:
         """The pass has run, replaying the graph ``key`` (None: without a graph), and had ``tokens`` real tokens.
@@ -403,20 +345,8 @@ class CudaMeter:
 
     def _finish(self, graph: Retained) -> None:
         """First replay of a graph that is not sealed: its addresses go to the device."""
-        addresses = torch.tensor([(a.data_ptr(), b.data_ptr()) for a, b in self._alike(graph)], dtype=torch.int64)
+        addresses = torch.tensor([(a.data_ptr(), b.data_ptr()) for a, b in graph.ordered()], dtype=torch.int64)
         graph.table = addresses.to(self._device)
-
-    def _alike(self, graph: Retained) -> list[tuple[Tensor, Tensor]]:
-        """All layers' decisions in a graph, in order; they must agree in form, which is noted."""
-        ordered = [graph.tensors[i] for i in range(len(self.layers))]
-        forms = {(a.dtype, a.shape, a.stride(), b.dtype, b.shape, b.stride()) for a, b in ordered}
-        if len(forms) != 1:
-            raise RuntimeError(f"the layers' routers differ in form: {sorted(map(str, forms))}")
-        ranges = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for pair in ordered for t in pair)
-        if any(a[1] > b[0] for a, b in itertools.pairwise(ranges)):
-            raise RuntimeError("two layers' decisions share memory in a captured graph")
-        graph.strides = (ordered[0][0].stride(0), ordered[0][1].stride(0))
-        return ordered
 
     def _work_off(self, tokens: int) -> None:
         """Count the decisions at hand of a pass without a graph."""

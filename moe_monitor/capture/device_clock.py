@@ -32,7 +32,7 @@ from moe_monitor.latency import LatencyTable, SampledStep
 _BEGIN, _END, _GRAPH_FIRST, _GRAPH_BEGIN, _GRAPH_END = range(5)
 _LAYERS = 5
 #: A stamp adds this much less between kernels of the model than after another stamp, where the GPU has nothing to run
-#: while it prepares the next kernel. On an H100 a pass with 99 stamps took 0.80 to 0.82 us longer for each of them,
+#: while it prepares the next kernel. On an H100 a pass with 99 stamps took 0.78 to 0.81 us longer for each of them,
 #: where two in a row were 0.86 to 0.93 us apart (benchmarks/results/h100_latency.md).
 _BETWEEN = 0.88
 #: Sampled passes on their way to the host.

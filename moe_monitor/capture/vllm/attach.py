@@ -16,12 +16,13 @@ import torch
 
 import moe_monitor
 from moe_monitor.capture.clock import ROUTE_BEGIN, ROUTE_END
-from moe_monitor.capture.cuda import CudaMeter, Retained
+from moe_monitor.capture.cuda import CudaMeter
 from moe_monitor.capture.device_clock import TWINS_MIB
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.meter import Meter
 from moe_monitor.capture.publisher import Publisher, Reading
 from moe_monitor.capture.requests import New, Tracer
+from moe_monitor.capture.retained import Retained
 from moe_monitor.capture.tallies import DeviceTallies, HostTallies, slot_bytes
 from moe_monitor.capture.vllm import op
 from moe_monitor.capture.vllm.context import NotLive, graph_key, parallel_of

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from moe_monitor.capture.cuda import Span
+from moe_monitor.capture.retained import Span
 
 
 class NotLive(RuntimeError):

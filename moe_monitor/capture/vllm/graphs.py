@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_monitor.capture.cuda import CudaMeter, Retained
+from moe_monitor.capture.cuda import CudaMeter
+from moe_monitor.capture.retained import Retained
 from moe_monitor.capture.vllm.context import graph_key
 
 if TYPE_CHECKING:

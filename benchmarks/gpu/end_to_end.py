@@ -1,6 +1,7 @@
 """End to end on one GPU: ``vllm bench serve`` against servers with and without the monitor, paired and rotating.
 
 end_to_end.py [--arms off,on,all,vllm] [--concurrency 1,32,128] [--rounds 6] [--deadline-s 570]
+end_to_end.py --read FILE           the summary once more, from the RUN lines of an earlier output
 end_to_end.py --startup-pairs 4     seconds from the start to /health, off and on in turn, over one warm compile cache
 
 Arms: off (MOE_MONITOR_ENABLED=0), on (defaults: 10 % of requests traced), all (every request traced), vllm (no monitor,
@@ -8,8 +9,9 @@ vLLM's own --enable-return-routed-experts), off2 (a second server like "off": ho
 (the server of "on", with requests that ask to be traced).
 All servers of a run are up at once; a round measures every arm once at every concurrency, and the arm that begins
 rotates. The load comes from ``vllm bench serve``'s own code in this process, since importing it takes seconds.
-Prints a JSON line per measurement (RUN) and one per concurrency and arm (E2E) with medians, range and the ratios to
-"off" of the same round; what there is by the deadline is printed, and the servers are stopped in any case.
+Prints a JSON line per measurement (RUN) and one per concurrency and arm (E2E) with medians, range, the ratios to "off"
+of the same round, and the ratio of the means with its standard error (of_off); what there is by
+the deadline is printed, and the servers are stopped in any case.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--deadline-s", type=float, default=570, help="of the whole script, from its start")
     parser.add_argument("--startup-pairs", type=int, default=0)
+    parser.add_argument("--read", type=Path, help="an earlier output; nothing is run")
     parser.add_argument("--gpu", default="0")
     parser.add_argument("--family", default="olmoe")
     parser.add_argument("--input-len", type=int, default=64)
@@ -146,6 +149,8 @@ class Results:
                         if {arm, "off"} <= set(found)
                     ]
                     if arm != "off" and pairs:
+                        off = [found["off"][metric] for found in turns.values() if "off" in found]
+                        row[metric]["of_off"] = _of(values, off)
                         row[metric]["ratio"] = round(statistics.median(pairs), 4)
                         row[metric]["ratio_mean"] = round(statistics.geometric_mean(pairs), 4)
                         row[metric]["ratio_range"] = [round(min(pairs), 4), round(max(pairs), 4)]
@@ -154,6 +159,23 @@ class Results:
                     row["host_us_per_step"] = round(statistics.median(host), 1)
                 rows.append(row)
         return rows
+
+
+def _of(values: list[float], others: list[float]) -> list[float]:
+    """Ratio of the means, and its standard error from those of both."""
+    ratio = statistics.fmean(values) / statistics.fmean(others)
+    errors = [statistics.stdev(v) / statistics.fmean(v) / len(v) ** 0.5 for v in (values, others) if len(v) > 1]
+    return [round(ratio, 3), round(ratio * sum(error**2 for error in errors) ** 0.5, 3)]
+
+
+def read_again(path: Path) -> None:
+    """Print the summary of an earlier output."""
+    runs = [json.loads(line[4:]) for line in path.read_text().splitlines() if line.startswith("RUN {")]
+    results = Results(list(dict.fromkeys(run["arm"] for run in runs)))
+    for run in runs:
+        results.add(run["concurrency"], run["round"], run["arm"], run)
+    for row in results.lines():
+        say("E2E", **row)
 
 
 def hooks(server: Server) -> tuple[float, float]:
@@ -267,6 +289,9 @@ def main() -> None:
     began = time.monotonic()
     end_on_sigterm()
     args = parse()
+    if args.read:
+        read_again(args.read)
+        return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         scratch = Path(name)
         folder = models.write(scratch / args.family, args.family)

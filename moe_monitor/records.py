@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_monitor.board import ArraySpec, BoardError, BoardReader, BoardWriter, board_paths
+from moe_monitor.gil import let_others
 from moe_monitor.layout import NO_ENTROPY, TALLY_COLUMNS
 
 META_BYTES = 2048
 INDEX = "requests"
 
 #: All records of a board stay within this many bytes, but are at least and at most so many.
-_BUDGET, _LEAST, _MOST = 8 << 20, 16, 128
+_BUDGET, _LEAST, _MOST = 8 << 20, 16, 512
 _LONGEST_ID = 200
 _ENTROPY_MIN = TALLY_COLUMNS.index("entropy_min")
 
@@ -94,8 +95,8 @@ class RecordWriter:
 
     @property
     def at_once(self) -> int:
-        """Records of one round: few enough that readers who look a little more seldom still see all."""
-        return self._n // 2
+        """Records of one round: few enough that readers who are a few rounds late still see all."""
+        return self._n // 3
 
     def write(self, tallies: Iterable[Tally]) -> None:
         """Raises OSError, ValueError as the board does."""
@@ -105,6 +106,7 @@ class RecordWriter:
             arrays: dict[str, NDArray[Any]] = {"meta": meta, "counts": tally.counts, "stats": tally.stats}
             self.board.write(f"request/{self._serial % self._n}", arrays)
             self.board.write(INDEX, {"serial": np.array([self._serial]), "n": np.array([self._n])})
+            let_others()
 
 
 @dataclass
@@ -233,6 +235,7 @@ class RecordReader:
         self.missed += first - followed.serial - 1
         for serial in range(first, last + 1):
             followed.serial = serial
+            let_others()
             try:
                 arrays = followed.reader.read(f"request/{serial % n}").arrays
                 meta = Meta.from_array(arrays["meta"])
@@ -257,6 +260,7 @@ class RecordReader:
             ]
             if set(engine) <= set(parts.by_board) or now - parts.since >= self._patience:
                 del self._parts[key]
+                let_others()
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     found.append(_merge(parts.by_board.values()))
         return sorted(found, key=lambda record: record.meta.finished)

@@ -163,7 +163,7 @@ def test_no_stretch_of_a_large_scrape_keeps_the_event_loop_waiting(
         stretches.append(time.thread_time() - last)
         last = time.thread_time()
 
-    monkeypatch.setattr("moe_monitor.export.collector._let_others", pause)
+    monkeypatch.setattr("moe_monitor.export.collector.let_others", pause)
     large: dict[str, Any] = {"layers": tuple(range(58)), "experts": 256, "tokens": 200, "server": "s"}
     workers = [FakeWorker(tmp_path / "run", name=f"s.{i}.0", engine=str(i), **large) for i in range(8)]
     collector = MoeCollector(tmp_path / "run", server="s", max_series=2048, gentle=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from moe_monitor.export.exposition import Exposition
 from moe_monitor.export.families import Family, expert_parallel, families
 from moe_monitor.export.frontboard import read_front_boards, request_families
 from moe_monitor.export.windows import RESOLUTION, History
+from moe_monitor.gil import let_others
 from moe_monitor.snapshot import EngineSnapshot, read_engines
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class MoeCollector(Collector):
         self._lock = threading.Lock()
         #: What is read first must be remembered first: a history that goes back starts anew.
         self._reading = threading.Lock()
-        self._pause = _let_others if gentle else _go_on
+        self._pause = let_others if gentle else _go_on
         self._exposition = Exposition(self._pause)
         self._read_errors = 0
         self._warned = ""
@@ -173,13 +173,6 @@ class MoeCollector(Collector):
 
 def _go_on() -> None:
     pass
-
-
-def _let_others() -> None:
-    """A thread that computes keeps Python's lock for 5 ms whenever another wants it, and an event loop wants it again
-    after every byte that it sends. Sleeping, however briefly, hands it over at once.
-    """
-    time.sleep(0.0001)
 
 
 def _add(grouped: dict[str, ClientMetric], family: Family) -> None:

@@ -17,13 +17,14 @@ from typing import Any
 
 from moe_monitor.export.frontboard import FrontBoard
 from moe_monitor.export.requests import FleetLoad, Summary, mean, summarise
+from moe_monitor.gil import let_others
 from moe_monitor.records import RecordReader, RequestRecord, short_id
 
 #: Seconds between two looks at the boards.
 POLL = 0.2
 #: How long one half waits for the other, in seconds, and how many may wait.
 FINISHED_WAITS, RECORD_WAITS = 30.0, 10.0
-MOST_FINISHED, MOST_RECORDS = 20_000, 256
+MOST_FINISHED, MOST_RECORDS = 20_000, 512
 
 
 @dataclass
@@ -123,6 +124,7 @@ class FrontEnd:
                 del self._finished[next(iter(self._finished))]  # not traced
         for finished, record in pairs:
             self._tell(finished, record)
+            let_others()
         lost = {"spans": self.dropped_spans(), "request_records": self._reader.missed}
         if pairs or lost != self._board.dropped:
             self._board.dropped = lost

@@ -333,7 +333,7 @@ def test_rows_may_lie_apart_and_anywhere(offset, stride):
 def test_long_steps_share_out_their_tokens(monkeypatch, experts, k, programs):
     """More blocks than programs, and more ids than part 0 takes at a time."""
     monkeypatch.setattr(Launcher, "programs", programs)
-    monkeypatch.setattr(Launcher, "chunk", 256)
+    monkeypatch.setattr(kernels, "_CHUNK", 256)
     bench = Bench(experts, k, F32)
     logits, ids = bench.decisions(333, make=adversarial, spoil=True)
     assert bench.launcher.parts(2, 333) == 1 + max(1, programs // 2)
@@ -440,6 +440,39 @@ def test_what_does_not_fit_is_refused(change, message):
     } | change
     with pytest.raises(ValueError, match=message):
         Launcher(given.pop("rows"), **given)
+
+
+@pytest.mark.parametrize(("scoring", "ids_dtype", "traced"), [("softmax", I32, True), ("sigmoid", I64, False)])
+def test_what_is_compiled_beforehand_is_what_is_launched(monkeypatch, scoring, ids_dtype, traced):
+    """Triton finds it again by the arguments' types and the constants."""
+
+    class Recorder:
+        def __init__(self):
+            self.compiled, self.launched = [], []
+
+        def warmup(self, *arguments, grid, **options):
+            self.compiled.append((arguments, options))
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: self.launched.append((arguments, options))
+
+    monkeypatch.setattr(kernels, "_meter_kernel", recorder := Recorder())
+    shape = {"logits_dtype": B16, "ids_dtype": ids_dtype, "experts": 60, "top_k": 6, "scoring": scoring}
+    rows = torch.zeros(5, RowLayout(60).width, dtype=torch.int64)
+    tallies = Tallies.empty(3, 5, 60, "cpu") if traced else None
+    Launcher(rows, tallies=tallies, **shape).warm_up()
+    kernels.compile_kernel(traced=traced, **shape)
+    assert len(recorder.compiled) == len(recorder.launched) == 2
+
+    def kind(argument):  # of tensors their type, of numbers that are not compiled in nothing but that
+        return argument.dtype if isinstance(argument, torch.Tensor) else argument
+
+    pointers, numbers = 9, 6
+    for (ahead, with_options), (later, options) in zip(recorder.compiled, recorder.launched, strict=True):
+        assert list(ahead[:pointers]) == [kind(argument) for argument in later[:pointers]]
+        assert {type(n) for n in ahead[pointers : pointers + numbers] + later[pointers : pointers + numbers]} == {int}
+        assert ahead[pointers + numbers :] == later[pointers + numbers :]
+        assert with_options == options
 
 
 @kernel

@@ -16,6 +16,7 @@ and the number of valid tokens is read on the device.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 
@@ -24,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_monitor.capture.ahead import PATIENCE, compile_beside
 from moe_monitor.capture.control import Control
 from moe_monitor.capture.kernels import Launcher
 from moe_monitor.capture.retained import Retained, Span, checksum
@@ -72,6 +74,7 @@ class CudaMeter:
         self._memory_limit = memory_limit - (0 if tallies is None else tallies.bytes)
         self._pending_limit = pending_limit
         self._launcher: Launcher | None = None
+        self._compiling: threading.Thread | None = None
         self._pending: dict[int, tuple[Tensor, Tensor, Span]] = {}
         self._pending_bytes = 0
         self._done: set[int] = set()
@@ -89,6 +92,18 @@ class CudaMeter:
         self._told_codes: Codes | None = None
         #: Nothing is left of the pass before, so a pass begins with its number of tokens and no more.
         self.clean = False
+
+    def compile_beside(self, device: torch.device, logits_dtype: torch.dtype, ids_dtype: torch.dtype) -> None:
+        """Begin to compile the kernel. Where the first router says otherwise than these types, it is done again."""
+        self._compiling = compile_beside(
+            device,
+            logits_dtype=logits_dtype,
+            ids_dtype=ids_dtype,
+            experts=self.layout.experts,
+            top_k=self.top_k,
+            scoring=self.scoring,
+            traced=self.tallies is not None,
+        )
 
     # set-up: on the first router of the first (warm-up) pass, outside vLLM's weight memory pool
 
@@ -110,6 +125,8 @@ class CudaMeter:
             scoring=self.scoring,
             tallies=None if self.tallies is None else self.tallies.set_up(device),
         )
+        if self._compiling is not None:
+            self._compiling.join(PATIENCE)
         launcher.warm_up()
         self._unsafe = torch.zeros((), dtype=torch.bool, device=device)
         # Triton's interpreter runs all this on a CPU, for tests

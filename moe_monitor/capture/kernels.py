@@ -40,8 +40,12 @@ _WIDE, _NARROW = 64, 32
 _SUMS = ("tokens", "per_token_sum", "entropy_sum", "", "top1_sum", "mass_sum", "nonfinite", "")
 #: Sums of a program are int32: up to FIXED_POINT a token.
 _TOKENS_PER_PROGRAM = 1024
+#: What a program takes at a time, powers of two: logits (but at most so many tokens), and ids of part 0.
+_TILE, _BLOCK, _CHUNK = 1024, 32, 1024
+_WARPS = 4
 #: No promise about these addresses is compiled in.
 _POINTERS = ["rows", "table", "row_of", "bounds", "columns", "n_valid_device", "slot_of_row", "req_counts", "req_stats"]
+_POINTED_TO = (torch.int64, torch.int64, torch.int32, torch.float32, *(torch.int32,) * 4, torch.int64)
 
 if triton is not None:
 
@@ -271,6 +275,45 @@ def _plan(layout: RowLayout) -> tuple[Tensor, Tensor, int]:
     return torch.from_numpy(bounds), torch.from_numpy(columns), at + 1
 
 
+def _block(experts: int) -> int:
+    """Tokens that a program takes at a time."""
+    return min(_BLOCK, max(1, _TILE // max(32, triton.next_power_of_2(experts))))
+
+
+def _constants(
+    logits_dtype: torch.dtype, ids_dtype: torch.dtype, experts: int, top_k: int, scoring: str
+) -> tuple[Any, ...]:
+    """What is compiled into the kernel, LOGITS to SIGMOID. Raises RuntimeError without Triton, ValueError for what the
+    kernel cannot do.
+    """
+    if triton is None:
+        raise RuntimeError("the routing kernel needs Triton, which could not be imported")
+    types = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+    types |= {torch.int32: tl.int32, torch.int64: tl.int64}
+    if not (logits_dtype.is_floating_point and {logits_dtype, ids_dtype} < types.keys()):
+        raise ValueError(f"cannot meter {logits_dtype} logits with {ids_dtype} ids")
+    if scoring not in ("softmax", "sigmoid") or not 1 <= experts <= 512 or not 1 <= top_k <= 16:
+        raise ValueError(f"cannot meter {scoring} scoring, {experts} experts, top {top_k}")
+    layout = RowLayout(experts)
+    padded = max(32, triton.next_power_of_2(experts))
+    return (
+        *(types[logits_dtype], types[ids_dtype], logits_dtype.itemsize, layout.width, experts, top_k),
+        *(padded, triton.next_power_of_2(top_k), _block(experts), _CHUNK, _WIDE, _NARROW, _plan(layout)[2]),
+        *(1 / math.log(experts) if experts > 1 else 0.0, float(FIXED_POINT), scoring == "sigmoid"),
+    )
+
+
+def compile_kernel(
+    *, logits_dtype: torch.dtype, ids_dtype: torch.dtype, experts: int, top_k: int, scoring: str, traced: bool
+) -> None:
+    """Compile what a :class:`Launcher` of the same arguments will launch, for the current CUDA device. ``traced``: it
+    is given tallies. Takes no device memory and launches nothing; Triton remembers what it has compiled.
+    """
+    constants = _constants(logits_dtype, ids_dtype, experts, top_k, scoring)
+    for variant in (False, True):
+        _meter_kernel.warmup(*_POINTED_TO, *(0,) * 6, *constants, variant, traced, grid=(1, 2), num_warps=_WARPS)
+
+
 class Launcher:
     """Launches the kernel for one model on one device; not for several threads at a time.
 
@@ -278,9 +321,6 @@ class Launcher:
     layers share ``logits_dtype`` (bfloat16, float16, float32), ``ids_dtype`` (int32, int64), ``experts`` and ``top_k``.
     """
 
-    # What a program takes at a time, powers of two: logits (but at most so many tokens), and ids of part 0.
-    tile, block, chunk = 1024, 32, 1024
-    warps = 4
     programs = 1056  # that a launch over many tokens aims at: a few per multiprocessor
 
     def __init__(
@@ -294,14 +334,7 @@ class Launcher:
         scoring: str,
         tallies: Tallies | None = None,
     ) -> None:
-        if triton is None:
-            raise RuntimeError("the routing kernel needs Triton, which could not be imported")
-        types = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-        types |= {torch.int32: tl.int32, torch.int64: tl.int64}
-        if not (logits_dtype.is_floating_point and {logits_dtype, ids_dtype} < types.keys()):
-            raise ValueError(f"cannot meter {logits_dtype} logits with {ids_dtype} ids")
-        if scoring not in ("softmax", "sigmoid") or not 1 <= experts <= 512 or not 1 <= top_k <= 16:
-            raise ValueError(f"cannot meter {scoring} scoring, {experts} experts, top {top_k}")
+        self._constants = _constants(logits_dtype, ids_dtype, experts, top_k, scoring)
         layout = RowLayout(experts)
         self._layers = layers = rows.shape[0]
         _check(rows, torch.int64, (layers, layout.width))
@@ -310,21 +343,15 @@ class Launcher:
             _check(tallies.counts, torch.int32, (slots, layers, 2, experts))
             _check(tallies.stats, torch.int64, (slots, layers, len(TALLY_COLUMNS)))
         device = rows.device
-        bounds, columns, active_sum = _plan(layout)
+        bounds, columns, _ = _plan(layout)
         spare = torch.arange(layers, dtype=torch.int32, device=device)  # row_of by default, and for what is not read
         self._tensors = (rows, spare, bounds.to(device), columns.to(device), *(tallies or (spare, rows)))
         # on CUDA launches pass addresses: cheaper than having every tensor asked for its own each time
         self._direct = device.type == "cuda"
         self._handles: tuple[Any, ...] = tuple(t.data_ptr() for t in self._tensors) if self._direct else self._tensors
         self._index: Any = device.index  # a tensor on CUDA has one
-        padded = max(32, triton.next_power_of_2(experts))
-        self._block = min(self.block, max(1, self.tile // padded))
+        self._block = _block(experts)
         self._strides = (experts, top_k)
-        self._constants = (
-            *(types[logits_dtype], types[ids_dtype], logits_dtype.itemsize, layout.width, experts, top_k),
-            *(padded, triton.next_power_of_2(top_k), self._block, self.chunk, _WIDE, _NARROW, active_sum),
-            *(1 / math.log(experts) if experts > 1 else 0.0, float(FIXED_POINT), scoring == "sigmoid"),
-        )
         self._compiled: dict[bool, Any] = {}
 
     def warm_up(self, device_n: Iterable[bool] = (False, True)) -> None:
@@ -334,7 +361,7 @@ class Launcher:
         self._nothing = torch.zeros((1, 2), dtype=torch.int64, device=self._tensors[0].device)
         for variant in device_n:
             arguments = self._arguments(self._tensors, [self._nothing, None, None, None], (0, 0, 0, 0), variant)
-            kernel = _meter_kernel[(1, 2)](*arguments, num_warps=self.warps)
+            kernel = _meter_kernel[(1, 2)](*arguments, num_warps=_WARPS)
             self._compiled[variant] = kernel and (kernel.run, kernel.function, kernel.packed_metadata)
 
     def _arguments(
@@ -384,7 +411,7 @@ class Launcher:
             given = [None if t is None else t.data_ptr() for t in given]
         arguments = self._arguments(self._handles, given, numbers, variant)
         if not self._direct:
-            _meter_kernel[grid](*arguments, num_warps=self.warps)
+            _meter_kernel[grid](*arguments, num_warps=_WARPS)
             return
         if variant not in self._compiled:
             self.warm_up((variant,))

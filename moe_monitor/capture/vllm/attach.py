@@ -148,6 +148,8 @@ class Capture:
                 tallies=tallies,
                 forced=settings.capture,
             )
+            logits = getattr(layers[0][1].moe_config, "router_logits_dtype", None) or model_runner.model_config.dtype
+            meter.compile_beside(model_runner.device, logits, torch.int32)
             self.fuse.status.capture = meter.capture
             if tallies is not None:
                 possible = lambda: meter.capture != "ingraph"  # noqa: E731

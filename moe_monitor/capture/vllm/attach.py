@@ -409,9 +409,7 @@ class Capture:
             mode = config.cudagraph_mode
             kinds = 2 if mode.separate_routine() else 1  # decode graphs beside mixed ones
             sizes = config.cudagraph_capture_sizes or (0,)
-            # Data-parallel engines are counted after their replays: sealed graphs were not run there yet.
-            most = max(sizes) if self._parallel.dp_size == 1 else 0
-            self.meter.before_capture(kinds * sum(sizes), most)
+            self.meter.before_capture(kinds * sum(sizes), max(sizes))
             self.fuse.status.capture = self.meter.capture
             self.fuse.status.reason = self.meter.fallback
             if self.meter.fallback:

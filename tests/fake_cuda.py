@@ -124,6 +124,9 @@ class FakeDriver:
     def dependents(self, node: int) -> list[Edge]:
         return [Edge(b, n.before[node]) for b, n in self._of(node).items() if node in n.before]
 
+    def kind(self, node: int) -> int:
+        return 0
+
     def is_kernel(self, node: int) -> bool:
         return True
 

@@ -5,6 +5,9 @@ With real graphs on a GPU: ``tests/test_stamps.py`` and ``benchmarks/gpu/latency
 
 from __future__ import annotations
 
+import logging
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -29,6 +32,7 @@ from moe_monitor.capture.clock import (  # noqa: E402
 )
 from moe_monitor.capture.device_clock import DeviceClock  # noqa: E402
 from moe_monitor.capture.driver import DriverError  # noqa: E402
+from moe_monitor.capture.fuse import Fuse  # noqa: E402
 
 device_clock._BETWEEN = 1.0  # the simulated device's stamps take the same everywhere
 LAYERS, EXPERTS = 2, 4
@@ -309,6 +313,53 @@ def test_a_twin_that_cannot_be_launched_costs_a_sample_and_no_pass():
     clock.collect()
     assert clock.table.arrays["step"].sum() == 3
     assert clock.table.arrays["layer"].sum() == 0
+
+
+def test_a_graph_whose_twin_the_driver_refuses_is_timed_as_a_whole_and_the_others_are_not():
+    driver, clock = made()
+    first, second = captured(driver, clock), Graph(driver)
+    clock.capturing = True
+    driver.begin_capture()
+    for layer in range(LAYERS):
+        block(driver, clock, layer)
+    clock.note_end()
+    clock.end_of_graph(second, ("FULL", 16), whole=True)
+    second.executable = driver.end_capture()
+    clock.after_capture()
+    instantiate, graphs = driver.instantiate, set(driver.graphs)
+
+    def refuse_once(graph):
+        driver.instantiate = instantiate
+        raise DriverError("cuGraphInstantiateWithFlags: CUDA_ERROR_INVALID_VALUE (1)")
+
+    driver.instantiate = refuse_once
+    for number in range(1, 7):
+        graph, key = ((first, ("FULL", 8)), (second, ("FULL", 16)))[number % 2 == 0]
+        run(clock, graph.replay, number, key)
+        clock.collect()
+    (why,) = clock.refusals
+    assert "INVALID_VALUE" in why
+    assert "nodes by type {0: " in why
+    assert len(graphs) - len(driver.graphs) == 2, "neither twin's clone is kept"
+    assert clock.table.arrays["step"].sum() == 6
+    assert clock.table.arrays["layer"][0, -1].sum() == 2, "the second graph, once its twin was ready"
+
+
+def test_refused_twins_are_counted_and_said_once(caplog):
+    from moe_monitor.capture.vllm.latency import Timing
+
+    fuse = Fuse(logging.getLogger("vllm.moe_monitor"))
+    _, clock = made()
+    timing = Timing(SimpleNamespace(fuse=fuse), [None] * LAYERS, 10, Work(1, None, True), 8)
+    timing.clock = clock
+    with caplog.at_level("WARNING", "vllm.moe_monitor"):
+        for why in ("the first", "the second"):
+            clock.refusals.append(why)
+            timing.collect()
+            timing.collect()
+    assert fuse.status.errors == {"latency": 2}
+    assert not fuse.blown
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["the first"]
 
 
 def test_no_more_twins_than_device_memory_is_set_aside_for(monkeypatch):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moe_monitor.capture.clock import ENTER, GATE_BEGIN, GATE_END, POINTS, Sampler, Work, stages_of
-from moe_monitor.capture.driver import Driver
+from moe_monitor.capture.driver import Driver, DriverError
 from moe_monitor.capture.stamps import Mark, Marks, Stamper, Twin
 from moe_monitor.latency import LatencyTable, SampledStep
 
@@ -88,6 +88,8 @@ class DeviceClock:
         #: Whether graphs are being captured whose twins are wanted.
         self.capturing = False
         self.dropped = 0
+        #: Why graphs got no twin, and what is in them.
+        self.refusals: list[str] = []
         self._layers, self._work, self._experts, self._device = layers, work, experts, device
         self._sampler = Sampler(every)
         self._driver = driver
@@ -307,8 +309,15 @@ class DeviceClock:
                 group.refused = True
                 continue
             self._make_current()
-            for twin in group.twins:
-                twin.instantiate()
+            try:
+                for twin in group.twins:
+                    twin.instantiate()
+            except DriverError as error:  # this graph is timed as a whole from now on, others layer by layer
+                group.refused = True
+                self.refusals.append(f"{error}; {', '.join(twin.kinds() for twin in group.twins)}")
+                for twin in group.twins:
+                    twin.close()
+                continue
             self._nodes += group.nodes
             group.ready = True
 

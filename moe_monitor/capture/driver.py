@@ -186,10 +186,14 @@ class Driver:
     def dependents(self, node: int) -> list[Edge]:
         return self._neighbours("cuGraphNodeGetDependentNodes_v2", node)
 
-    def is_kernel(self, node: int) -> bool:
+    def kind(self, node: int) -> int:
+        """The node's CUgraphNodeType."""
         kind = c_int()
         self._call("cuGraphNodeGetType", node, byref(kind))
-        return kind.value == _KERNEL_NODE
+        return kind.value
+
+    def is_kernel(self, node: int) -> bool:
+        return self.kind(node) == _KERNEL_NODE
 
     def _params(self, node: int) -> _KernelParams:
         params = _KernelParams()

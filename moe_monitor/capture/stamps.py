@@ -11,6 +11,7 @@ difference of two stamps less what one adds.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -141,6 +142,13 @@ class Twin:
         self._executable = self._driver.instantiate(self._clone)
         self._driver.destroy_graph(self._clone)
         self._clone = 0
+
+    def kinds(self) -> str:
+        """How many nodes of which CUgraphNodeType the clone has, for a report; nothing after :meth:`instantiate`."""
+        if not self._clone:
+            return "ready"
+        found = Counter(map(self._driver.kind, self._driver.nodes(self._clone)))
+        return f"{found.total()} nodes by type {dict(sorted(found.items()))}"
 
     def launch(self, stream: int) -> None:
         self._driver.launch_graph(self._executable, stream)

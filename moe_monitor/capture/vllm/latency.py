@@ -56,7 +56,7 @@ class Timing:
         self.decode_tokens = 1
         #: Tokens by request of the step to come.
         self.scheduled: Mapping[str, int] = {}
-        self._passes = 0
+        self._passes = self._refusals = 0
         self._every, self._work, self._experts, self._count = every, work, experts, len(layers)
 
     def guard(self, *, serving: bool = True) -> Guard:
@@ -252,10 +252,25 @@ class Timing:
         try:
             if clock.dropped:
                 self._status.dropped["latency_samples"] = clock.dropped
-            return clock.collect()
+            found = clock.collect()
+            if isinstance(clock, DeviceClock):
+                self._tell_of_refusals(clock)
+            return found
         except Exception as error:
             self.fail(error)
             return False
+
+    def _tell_of_refusals(self, clock: DeviceClock) -> None:
+        new = clock.refusals[self._refusals :]
+        for _ in new:
+            self._capture.fuse.count_error("latency")
+        if new and not self._refusals:
+            logger.warning(
+                "moe-monitor cannot time a CUDA graph layer by layer, only as a whole, like any further ones that are "
+                "counted in moe_monitor_errors_total{where=latency}. Cause: %s",
+                new[0],
+            )
+        self._refusals = len(clock.refusals)
 
 
 def _power_of_two(n: int) -> bool:

@@ -1,6 +1,7 @@
 """End to end on one GPU: ``vllm bench serve`` against servers with and without the monitor, paired and rotating.
 
 end_to_end.py [--arms off,on,all,vllm] [--concurrency 1,32,128] [--rounds 6] [--deadline-s 570]
+              [--cpus 0-15] [--awake-file FILE] [--seldom vllm:4]
 end_to_end.py --read FILE           the summary once more, from the RUN lines of an earlier output
 end_to_end.py --startup-pairs 4     seconds from the start to /health, off and on in turn, over one warm compile cache
 
@@ -9,9 +10,15 @@ vLLM's own --enable-return-routed-experts), off2 (a second server like "off": ho
 (the server of "on", with requests that ask to be traced).
 All servers of a run are up at once; a round measures every arm once at every concurrency, and the arm that begins
 rotates. The load comes from ``vllm bench serve``'s own code in this process, since importing it takes seconds.
-Prints a JSON line per measurement (RUN) and one per concurrency and arm (E2E) with medians, range, the ratios to "off"
-of the same round, and the ratio of the means with its standard error (of_off); what there is by
-the deadline is printed, and the servers are stopped in any case.
+Short measurements in many rounds tell a small difference sooner than long ones: what a machine does besides changes
+over seconds, and a pair of one round has most of it in common.
+Prints a JSON line per measurement (RUN) and one per concurrency and arm (E2E) with medians, range, and the (trimmed,
+geometric) mean of the ratios to "off" of the same round with its standard error (of_off); what there is by the deadline
+is printed, and the servers are stopped in any case.
+
+--cpus: API servers run on the first quarter of these, engines on the next half, the client on the rest, so that the
+kernel's moving of processes adds no noise. --awake-file: while it exists these CPUs do not sleep (threads of the idle
+scheduling class spin on them; needs a C compiler), as with C-states off in a server's firmware; looked at once a round.
 """
 
 from __future__ import annotations
@@ -19,9 +26,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
+import math
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +41,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import models
-from servers import Server, end_on_sigterm, stop_all, total
+from servers import Server, die_with_parent, end_on_sigterm, stop_all, total
 
 ARMS: dict[str, tuple[dict[str, str], list[str]]] = {
     "off": ({"MOE_MONITOR_ENABLED": "0"}, []),
@@ -65,6 +75,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8200)
     parser.add_argument("--ready-file", type=Path, help="made when all servers are ready")
     parser.add_argument("--go-file", type=Path, help="measuring begins when this is there")
+    parser.add_argument("--cpus", type=cpu_list, default=[], help="such as 0-15")
+    parser.add_argument("--awake-file", type=Path)
+    parser.add_argument("--seldom", default="", help="ARM:N, measured in every N-th round only; several by commas")
     parser.add_argument("--server", action="append", default=[], help="one more argument for every server")
     args = parser.parse_args(arguments)
     args.arms = args.arms.split(",")
@@ -72,11 +85,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"no such arms: {sorted(unknown)}; there are {', '.join([*ARMS, *SHARED])}")
     if missing := {SHARED[arm][0] for arm in args.arms if arm in SHARED} - set(args.arms):
         parser.error(f"these arms are needed too: {sorted(missing)}")
+    args.seldom = {arm: int(n) for arm, n in (pair.split(":") for pair in filter(None, args.seldom.split(",")))}
     args.prompts = {int(c): int(n) for c, n in (pair.split(":") for pair in args.prompts.split(","))}
     args.concurrency = [int(c) for c in args.concurrency.split(",")]
     if missing := set(args.concurrency) - set(args.prompts):
         parser.error(f"--prompts says nothing of concurrency {sorted(missing)}")
     return args
+
+
+def cpu_list(text: str) -> list[int]:
+    first, _, last = text.partition("-")
+    return list(range(int(first), int(last or first) + 1))
 
 
 def say(tag: str, **values: Any) -> None:
@@ -99,6 +118,7 @@ class Client:
         from vllm.benchmarks import serve
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+        serve.get_tokenizer = functools.cache(serve.get_tokenizer)
         self._main = serve.main_async
         self._parser = FlexibleArgumentParser()
         serve.add_cli_args(self._parser)
@@ -121,24 +141,24 @@ class Client:
 
 
 class Results:
-    """Measurements by concurrency, round and arm."""
+    """Measurements by concurrency (and whether CPUs were kept awake), round and arm."""
 
     def __init__(self, arms: list[str]) -> None:
         self.arms = arms
-        self._found: dict[int, dict[int, dict[str, dict[str, float]]]] = {}
+        self._found: dict[tuple[bool, int], dict[int, dict[str, dict[str, float]]]] = {}
 
-    def add(self, concurrency: int, turn: int, arm: str, values: dict[str, float]) -> None:
-        self._found.setdefault(concurrency, {}).setdefault(turn, {})[arm] = values
+    def add(self, concurrency: int, awake: bool, turn: int, arm: str, values: dict[str, float]) -> None:
+        self._found.setdefault((awake, concurrency), {}).setdefault(turn, {})[arm] = values
 
     def lines(self) -> list[dict[str, Any]]:
         """A row per concurrency and arm. Ratios pair an arm with "off" of the same round."""
         rows = []
-        for concurrency, turns in self._found.items():
+        for (awake, concurrency), turns in sorted(self._found.items()):
             for arm in self.arms:
                 mine = [found[arm] for found in turns.values() if arm in found]
                 if not mine:
                     continue
-                row: dict[str, Any] = {"concurrency": concurrency, "arm": arm, "runs": len(mine)}
+                row: dict[str, Any] = {"concurrency": concurrency, "awake": awake, "arm": arm, "runs": len(mine)}
                 for metric in METRICS:
                     values = [values[metric] for values in mine]
                     row[metric] = {"median": round(statistics.median(values), 3)}
@@ -149,10 +169,8 @@ class Results:
                         if {arm, "off"} <= set(found)
                     ]
                     if arm != "off" and pairs:
-                        off = [found["off"][metric] for found in turns.values() if "off" in found]
-                        row[metric]["of_off"] = _of(values, off)
-                        row[metric]["ratio"] = round(statistics.median(pairs), 4)
-                        row[metric]["ratio_mean"] = round(statistics.geometric_mean(pairs), 4)
+                        row[metric]["of_off"] = _mean_ratio(pairs)
+                        row[metric]["ratio_median"] = round(statistics.median(pairs), 4)
                         row[metric]["ratio_range"] = [round(min(pairs), 4), round(max(pairs), 4)]
                 host = [values["host_us_per_step"] for values in mine if values["host_us_per_step"] is not None]
                 if host:
@@ -161,11 +179,18 @@ class Results:
         return rows
 
 
-def _of(values: list[float], others: list[float]) -> list[float]:
-    """Ratio of the means, and its standard error from those of both."""
-    ratio = statistics.fmean(values) / statistics.fmean(others)
-    errors = [statistics.stdev(v) / statistics.fmean(v) / len(v) ** 0.5 for v in (values, others) if len(v) > 1]
-    return [round(ratio, 3), round(ratio * sum(error**2 for error in errors) ** 0.5, 3)]
+def _mean_ratio(pairs: list[float]) -> list[float]:
+    """Geometric mean of the middle three fifths, and its standard error: now and then a machine stands still for a
+    moment, which says nothing of an arm. Error of a trimmed mean after Yuen (Biometrika 61, 1974): from the deviation
+    of the values with what is trimmed replaced by the last that is not. NaN for a single pair.
+    """
+    logs = sorted(math.log(ratio) for ratio in pairs)
+    cut = len(logs) // 5
+    kept = logs[cut : len(logs) - cut]
+    replaced = [kept[0]] * cut + kept + [kept[-1]] * cut
+    error = statistics.stdev(replaced) / (len(kept) / len(logs) * len(logs) ** 0.5) if len(logs) > 1 else math.nan
+    ratio = math.exp(statistics.fmean(kept))
+    return [round(ratio, 4), round(ratio * error, 4)]
 
 
 def read_again(path: Path) -> None:
@@ -173,7 +198,7 @@ def read_again(path: Path) -> None:
     runs = [json.loads(line[4:]) for line in path.read_text().splitlines() if line.startswith("RUN {")]
     results = Results(list(dict.fromkeys(run["arm"] for run in runs)))
     for run in runs:
-        results.add(run["concurrency"], run["round"], run["arm"], run)
+        results.add(run["concurrency"], run.get("awake", False), run["round"], run["arm"], run)
     for row in results.lines():
         say("E2E", **row)
 
@@ -184,10 +209,65 @@ def hooks(server: Server) -> tuple[float, float]:
     return total(samples, "moe_monitor_hook_seconds_total"), total(samples, "moe_forward_passes_total")
 
 
+def place(cpus: list[int], servers: list[Server]) -> None:
+    """Give API servers, engines and this client CPUs of their own; servers take turns, so they share them."""
+    quarter = max(1, len(cpus) // 4)
+    front, engines, client = cpus[:quarter], cpus[quarter:-quarter], cpus[-quarter:]
+    for server in servers:
+        for pid in server.processes():
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(int(task.name), front if pid == server.process.pid else engines)
+    for task in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(task.name), client)
+
+
+class Awake:
+    """Keeps CPUs from sleeping while a file exists. ``now``: whether they are kept."""
+
+    SPIN = "int main(void) { for (;;) __builtin_ia32_pause(); }"
+
+    def __init__(self, cpus: list[int], file: Path | None) -> None:
+        self._cpus, self._file = cpus, file
+        self._spinning: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def now(self) -> bool:
+        return bool(self._spinning)
+
+    def look(self) -> None:
+        wanted = self._file is not None and self._file.exists()
+        if wanted and not self.now:
+            self._start()
+        elif self.now and not wanted:
+            self.stop()
+
+    def _start(self) -> None:
+        program = Path(tempfile.mkdtemp()) / "spin"
+        try:
+            subprocess.run(["cc", "-O1", "-x", "c", "-o", str(program), "-"], input=self.SPIN.encode(), check=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            say("ASLEEP", why=str(error))
+            self._file = None
+            return
+        for cpu in self._cpus:
+            spin = subprocess.Popen([str(program)], preexec_fn=die_with_parent)  # noqa: PLW1509 - no threads are needed
+            os.sched_setscheduler(spin.pid, os.SCHED_IDLE, os.sched_param(0))
+            os.sched_setaffinity(spin.pid, {cpu})
+            self._spinning.append(spin)
+
+    def stop(self) -> None:
+        for spin in self._spinning:
+            spin.kill()
+            spin.wait()
+        self._spinning = []
+
+
 def compare(args: argparse.Namespace, folder: Path, scratch: Path, began: float) -> None:
     servers: dict[str, Server] = {}
     left = lambda: args.deadline_s - (time.monotonic() - began)  # noqa: E731
     results = Results(args.arms)
+    awake = Awake(args.cpus, args.awake_file)
     own = [arm for arm in args.arms if arm not in SHARED]
     try:
         for i, arm in enumerate(own):
@@ -206,37 +286,44 @@ def compare(args: argparse.Namespace, folder: Path, scratch: Path, began: float)
             args.ready_file.touch()
         while args.go_file and not args.go_file.exists() and left() > 20:
             time.sleep(0.2)
+        if args.cpus:
+            place(args.cpus, list(dict.fromkeys(servers.values())))
         longest = dict.fromkeys(args.concurrency, 0.0)
         for turn in range(args.rounds + 1):  # turn 0 warms up
+            awake.look()
+            host_time = turn % 4 == 1  # reading it takes a second, which is better spent
             for concurrency in args.concurrency:
                 order = args.arms[turn % len(args.arms) :] + args.arms[: turn % len(args.arms)]
                 if left() < 15 + len(order) * longest[concurrency]:
                     say("DEADLINE", rounds_done=turn - 1, before_concurrency=concurrency)
                     return
                 for arm in order:
+                    if turn % args.seldom.get(arm, 1):
+                        continue
                     start = time.monotonic()
-                    before = hooks(servers[arm])
+                    before = hooks(servers[arm]) if host_time else (0.0, 0.0)
                     prompts = args.prompts[concurrency]
                     if turn == 0:
                         prompts = max(concurrency, prompts // 4)
                     body = SHARED.get(arm, ("", {}))[1]
                     values = client.run(servers[arm].port, concurrency, prompts, turn, body)
-                    if before[1] >= 0:  # not NaN: the server is monitored
+                    if host_time:
                         time.sleep(0.6)  # the counters are published twice a second
-                    after = hooks(servers[arm])
+                    after = hooks(servers[arm]) if host_time else (0.0, 0.0)
                     steps = after[1] - before[1]
                     host = 1e6 * (after[0] - before[0]) / steps if steps > 0 else None
                     if turn == 0:
                         continue
                     longest[concurrency] = max(longest[concurrency], time.monotonic() - start)
                     kept = {metric: values[metric] for metric in METRICS} | {"host_us_per_step": host}
-                    results.add(concurrency, turn, arm, kept)
+                    results.add(concurrency, awake.now, turn, arm, kept)
                     shown = {k: None if v is None else round(v, 3) for k, v in kept.items()}
                     say(
                         "RUN",
                         round=turn,
                         concurrency=concurrency,
                         arm=arm,
+                        awake=awake.now,
                         **shown,
                         s=round(time.monotonic() - start, 1),
                     )
@@ -254,6 +341,7 @@ def compare(args: argparse.Namespace, folder: Path, scratch: Path, began: float)
                 info = [labels.get("capture") for name, labels, _ in samples if name == "moe_monitor_info"]
                 say("STATE", arm=arm, capture=info, **{k: None if v != v else v for k, v in seen.items()})
         stop_all(list(dict.fromkeys(servers.values())))
+        awake.stop()
 
 
 def startup(args: argparse.Namespace, folder: Path, scratch: Path, began: float) -> None:

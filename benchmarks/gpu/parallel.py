@@ -151,6 +151,7 @@ def examine(args: argparse.Namespace, routing: str, server: Server, scratch: Pat
         "family": args.family,
         "ready_s": round(server.ready_s or 0, 1),
         "engines": {n: [e.status.active, e.status.capture, e.status.reason, e.passes] for n, e in engines.items()},
+        "sealed": {p.name.partition(".npy")[0]: p.read_text() for p in sorted((own / "shadow").glob("*.sealed"))},
         "errors": {n: e.status.errors for n, e in engines.items() if e.status.errors},
         "tokens": int(sum(layout.column(e.rows, "tokens").max() for e in engines.values())),
         "largest_difference": {name: n for name, n in difference.items() if n},

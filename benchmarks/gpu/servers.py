@@ -24,7 +24,7 @@ def end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -45,7 +45,7 @@ class Server:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - started from the main thread, before any other
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - started from the main thread, before any other
             )
 
     def ask_ready(self) -> bool:
@@ -95,6 +95,15 @@ class Server:
         first = next((i for i, line in enumerate(lines) if "Traceback" in line), len(lines))
         end = next((i for i in range(first, len(lines)) if _RAISED.search(lines[i])), len(lines) - 1)
         return "\n".join(line[-240:] for line in lines[max(0, end - 14) : end + 4])
+
+    def processes(self) -> list[int]:
+        """Its process, and what that has started."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                if int((entry / "stat").read_text().rsplit(")", 1)[1].split()[3]) == self.process.pid:  # the session
+                    found.append(int(entry.name))
+        return found
 
     def stop(self, patience: float = 8.0) -> None:
         """End the server and everything that it started. Safe to call twice."""

@@ -27,6 +27,11 @@ if os.environ.get("SHADOW_DIR"):
         if not os.path.exists(path):
             with open(path + ".router", "w") as file:  # whose decisions these are
                 file.write(",".join(sorted({type(router).__name__ for router in shadow.routers()})))
+            capture = getattr(runner, "_moe_monitor", None)
+            graphs = list(getattr(getattr(capture, "meter", None), "_graphs", {}).values())
+            if graphs:  # only the rank that counts has any
+                with open(path + ".sealed", "w") as file:
+                    file.write(f"{sum(graph.sealed for graph in graphs)} of {len(graphs)}")
         np.save(path + ".tmp.npy", rows)
         os.replace(path + ".tmp.npy", path)
 

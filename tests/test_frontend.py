@@ -148,6 +148,43 @@ def test_a_scrape_that_hangs_does_not_keep_the_process_from_ending() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, timeout=30)
 
 
+def test_scrapes_that_wait_together_share_one_rendering(collector: MoeCollector, monkeypatch) -> None:
+    """And none gets what was read before it asked."""
+    rendered: list[tuple[bool, Any]] = []
+    real = MoeCollector.render
+
+    def render(self: Any, *, openmetrics: bool = False, names: Any = None) -> bytes:
+        rendered.append((openmetrics, names))
+        time.sleep(0.2)
+        return real(self, openmetrics=openmetrics, names=names)
+
+    monkeypatch.setattr(MoeCollector, "render", render)
+    middleware = frontend.MetricsMiddleware(app(), collector)
+
+    async def scrape(query: bytes = b"") -> bytes:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": "/metrics", "headers": [], "query_string": query}
+        await middleware(scope, None, send)
+        return bytes(sent[1]["body"])
+
+    async def storm() -> list[bytes]:
+        first = asyncio.create_task(scrape())
+        await asyncio.sleep(0.1)  # the first is being rendered
+        return await asyncio.gather(first, *(scrape() for _ in range(8)), scrape(b"name[]=moe_monitor_active"))
+
+    bodies = asyncio.run(storm())
+    assert rendered == [(False, None), (False, None), (False, ["moe_monitor_active"])]
+    assert all(body.startswith(OWN) for body in bodies)
+    assert all(b"moe_expert_tokens_total" in body for body in bodies[:9])
+    assert b"moe_expert_tokens_total" not in bodies[9]
+    assert b"moe_monitor_active" in bodies[9]
+    assert middleware._last == {}, "megabytes are kept only while somebody waits"
+
+
 def test_no_stretch_of_a_large_scrape_keeps_the_event_loop_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

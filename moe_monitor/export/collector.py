@@ -154,6 +154,18 @@ class MoeCollector(Collector):
             self._failed(error)
             return b"# EOF\n" if openmetrics else b""
 
+    def stream(self, *, openmetrics: bool = False) -> Iterator[bytes]:
+        """The exposition of all metrics piece by piece, to be read to its end without delay: others wait meanwhile.
+        Raises what writing a family raises, since what was sent cannot be taken back.
+        """
+        families = self.families()
+        with self._lock:
+            try:
+                yield from self._exposition.parts(families, openmetrics=openmetrics)
+            except Exception as error:
+                self._failed(error)
+                raise
+
     def collect(self) -> Iterator[ClientMetric]:
         """prometheus_client's interface; never raises."""
         try:

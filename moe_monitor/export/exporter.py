@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import html
+import itertools
 import json
 import logging
 import os
@@ -18,7 +19,9 @@ import socket
 import struct
 import threading
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
@@ -28,6 +31,7 @@ from urllib.parse import parse_qs
 from moe_monitor import __version__
 from moe_monitor.export.collector import MoeCollector
 from moe_monitor.export.exposition import OPENMETRICS, TEXT
+from moe_monitor.export.renderings import RenderingError, Renderings
 from moe_monitor.export.requests import FleetLoad, as_json, recent
 from moe_monitor.export.webconfig import WebConfig
 
@@ -36,8 +40,9 @@ logger = logging.getLogger(__name__)
 #: Below this many bytes compression saves less than it costs.
 _GZIP_FROM = 1024
 
-#: What is compressed at a time, in bytes.
-_PART = 1 << 20
+_PLAIN = "text/plain; charset=utf-8"
+#: What is compressed at a time, in bytes, and how many such parts may be under way.
+_PART, _PACKED_AHEAD = 1 << 20, 32
 #: Deflate, no name, no time, fastest, of an unknown system.
 _GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\x04\xff"
 
@@ -87,6 +92,29 @@ def accepts_gzip(accept_encoding: str) -> bool:
     return wanted.get("gzip", wanted.get("*", 0.0)) > 0
 
 
+def _first(parts: Iterable[bytes], size: int) -> tuple[bytes, Iterator[bytes]]:
+    """At least ``size`` bytes of the beginning, if there are so many, and the rest."""
+    rest, begin = iter(parts), b""
+    while len(begin) < size and (part := next(rest, None)) is not None:
+        begin += part
+    return begin, rest
+
+
+def _pieces(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces that are worth packing by themselves, and not so large that packing one takes long."""
+    held: list[bytes] = []
+    size = 0
+    for part in parts:
+        held.append(part)
+        size += len(part)
+        if size >= _PART:
+            whole = b"".join(held)
+            yield from (whole[i : i + _PART] for i in range(0, len(whole), _PART))
+            held, size = [], 0
+    if held:
+        yield b"".join(held)
+
+
 def _deflate(part: bytes, last: bool) -> bytes:
     """Deflated data that further parts may follow, unless it is the ``last``."""
     packer = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
@@ -104,37 +132,54 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         web = self.server.web
         if web is not None and not web.allows(self.headers.get("Authorization", "")):
-            self._reply(b"Unauthorized\n", "text/plain; charset=utf-8", HTTPStatus.UNAUTHORIZED)
+            self._reply([b"Unauthorized\n"], _PLAIN, HTTPStatus.UNAUTHORIZED)
             return
         path, _, query = self.path.partition("?")
         if path == "/metrics":
-            openmetrics = wants_openmetrics(",".join(self.headers.get_all("Accept", [])))
-            body = self.server.collector.render(openmetrics=openmetrics)
-            self._reply(body, OPENMETRICS if openmetrics else TEXT, compressible=True)
+            self._metrics()
         elif path == "/requests":
-            self._reply(self.server.requests(query), "application/json", compressible=True)
+            self._reply([self.server.requests(query)], "application/json", compressible=True)
         elif path == "/-/healthy":
-            self._reply(b"ok\n", "text/plain; charset=utf-8")
+            self._reply([b"ok\n"], _PLAIN)
         elif path == "/":
-            self._reply(self.server.page().encode(), "text/html; charset=utf-8")
+            self._reply([self.server.page().encode()], "text/html; charset=utf-8")
         else:
-            self._reply(b"not found; metrics are at /metrics\n", "text/plain; charset=utf-8", HTTPStatus.NOT_FOUND)
+            self._reply([b"not found; metrics are at /metrics\n"], _PLAIN, HTTPStatus.NOT_FOUND)
 
     do_HEAD = do_GET  # noqa: N815  (http.server looks methods up by this name)
 
+    def _metrics(self) -> None:
+        openmetrics = wants_openmetrics(",".join(self.headers.get_all("Accept", [])))
+        parts = itertools.chain.from_iterable(self.server.renderings.ask(openmetrics))
+        try:
+            self._reply(parts, OPENMETRICS if openmetrics else TEXT, compressible=True)
+        except RenderingError:
+            message = b"the metrics could not be written, the log says why\n"
+            self._reply([message], _PLAIN, HTTPStatus.INTERNAL_SERVER_ERROR)
+
     def _reply(
-        self, body: bytes, content_type: str, status: HTTPStatus = HTTPStatus.OK, *, compressible: bool = False
+        self,
+        parts: Iterable[bytes],
+        content_type: str,
+        status: HTTPStatus = HTTPStatus.OK,
+        *,
+        compressible: bool = False,
     ) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
+        """Packs ``parts`` as they come, and answers when there are all: nobody takes a part for the whole."""
+        headers = [("Content-Type", content_type)]
         if status == HTTPStatus.UNAUTHORIZED:
-            self.send_header("WWW-Authenticate", "Basic")
+            headers.append(("WWW-Authenticate", "Basic"))
         if compressible:
-            self.send_header("Vary", "Accept, Accept-Encoding")
-            encodings = ",".join(self.headers.get_all("Accept-Encoding", []))
-            if len(body) >= _GZIP_FROM and accepts_gzip(encodings):
-                body = self.server.compress(body)
-                self.send_header("Content-Encoding", "gzip")
+            headers.append(("Vary", "Accept, Accept-Encoding"))
+            begin, parts = _first(parts, _GZIP_FROM)
+            parts = itertools.chain((begin,), parts)
+            if len(begin) >= _GZIP_FROM and accepts_gzip(",".join(self.headers.get_all("Accept-Encoding", []))):
+                headers.append(("Content-Encoding", "gzip"))
+                parts = self.server.packed(parts)
+        body = b"".join(parts)
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
@@ -158,6 +203,7 @@ class Exporter(ThreadingHTTPServer):
         self.collector = collector
         self.web = web
         self._packers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="moe-monitor-gzip")
+        self.renderings = Renderings(lambda openmetrics: collector.stream(openmetrics=openmetrics))
         self._fleet = FleetLoad(collector)
         self._thread: threading.Thread | None = None
         if not 0 <= port <= 65535:
@@ -192,11 +238,19 @@ class Exporter(ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 secure.unwrap()
 
-    def compress(self, body: bytes) -> bytes:
-        """One gzip member at the fastest level, whose parts are packed side by side: zlib lets go of Python's lock."""
-        parts = [body[i : i + _PART] for i in range(0, len(body), _PART)]
-        packed = list(self._packers.map(_deflate, parts, [part is parts[-1] for part in parts]))
-        return b"".join((_GZIP_HEAD, *packed, struct.pack("<II", zlib.crc32(body), len(body) & 0xFFFFFFFF)))
+    def packed(self, parts: Iterable[bytes]) -> Iterator[bytes]:
+        """One gzip member at the fastest level, packed side by side: zlib lets go of Python's lock."""
+        packing: deque[Future[bytes]] = deque()
+        crc = size = 0
+        yield _GZIP_HEAD
+        for piece in _pieces(parts):
+            crc, size = zlib.crc32(piece, crc), size + len(piece)
+            packing.append(self._packers.submit(_deflate, piece, False))
+            while packing and (packing[0].done() or len(packing) > _PACKED_AHEAD):
+                yield packing.popleft().result()
+        while packing:
+            yield packing.popleft().result()
+        yield _deflate(b"", True) + struct.pack("<II", crc, size & 0xFFFFFFFF)
 
     def page(self) -> str:
         engines = self.collector.read()
@@ -233,6 +287,7 @@ class Exporter(ThreadingHTTPServer):
             self._thread.join(timeout=5)
             self._thread = None
         self.collector.stop()
+        self.renderings.stop()
         with contextlib.suppress(OSError):
             self.server_close()
         self._packers.shutdown(wait=False, cancel_futures=True)

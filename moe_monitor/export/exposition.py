@@ -8,7 +8,7 @@ once per set of series and kept as a template with holes for the numbers, so tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -57,25 +57,27 @@ class Exposition:
 
     def render(self, families: Iterable[Family], *, openmetrics: bool = False) -> bytes:
         """The exposition of all families, grouped by metric, each with HELP and TYPE; OpenMetrics ends in ``# EOF``."""
+        return b"".join(self.parts(families, openmetrics=openmetrics))
+
+    def parts(self, families: Iterable[Family], *, openmetrics: bool = False) -> Iterator[bytes]:
+        """The same piece by piece; to be exhausted before the next begins."""
         self._round += 1
         grouped: dict[str, list[Family]] = {}
         for family in families:
             if not family.labels:
                 continue
             grouped.setdefault(family.metric.name, []).append(family)
-        parts: list[bytes] = []
         for members in grouped.values():
-            parts.append(_head(members[0].metric, openmetrics).encode())
+            yield _head(members[0].metric, openmetrics).encode()
             for family in members:
                 histogram = family.metric.kind == "histogram"
-                parts.append(self._histogram(family, openmetrics) if histogram else self._plain(family))
+                yield self._histogram(family, openmetrics) if histogram else self._plain(family)
                 self._pause()
         if openmetrics:
-            parts.append(b"# EOF\n")
+            yield b"# EOF\n"
         if self._round % _KEEP == 0:  # servers come and go
             old = self._round - _KEEP
             self._templates = {key: kept for key, kept in self._templates.items() if kept[2] > old}
-        return b"".join(parts)
 
     def _plain(self, family: Family) -> bytes:
         values = family.values

@@ -128,6 +128,11 @@ class Worker:
         #: Since when the present piece of work has been at it; infinite while there is none.
         self._since = math.inf
 
+    @property
+    def waiting(self) -> bool:
+        """Whether more is to be done after the present piece of work."""
+        return not self._queue.empty()
+
     def submit(self, work: Callable[[], bytes]) -> asyncio.Future[bytes]:
         """Call from the event loop. Raises TimeoutError at once while earlier work hangs."""
         if time.monotonic() - self._since > SCRAPE_SECONDS:
@@ -174,6 +179,8 @@ class MetricsMiddleware:
         self._collector = collector
         self._work = Worker("moe-monitor-scrape")
         self._missing = False
+        #: What was rendered last, and when that began: scrapes that were waiting by then share it.
+        self._last: dict[tuple[bool, tuple[str, ...] | None], tuple[float, bytes]] = {}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].rstrip("/") != "/metrics" or scope["method"] != "GET":
@@ -195,7 +202,7 @@ class MetricsMiddleware:
         start, body = messages[0], b"".join(m.get("body", b"") for m in messages[1:])
         openmetrics = any(k.lower() == b"content-type" and b"openmetrics" in v for k, v in start["headers"])
         try:
-            call = functools.partial(self._extend, body, names, openmetrics, compress)
+            call = functools.partial(self._extend, time.monotonic(), body, names, openmetrics, compress)
             body = await asyncio.wait_for(self._work.submit(call), SCRAPE_SECONDS)
             self._missing = False
         except Exception as error:
@@ -210,8 +217,13 @@ class MetricsMiddleware:
         await send({**start, "headers": kept})
         await send({"type": "http.response.body", "body": body})
 
-    def _extend(self, body: bytes, names: list[str] | None, openmetrics: bool, compress: bool) -> bytes:
-        ours = self._collector.render(openmetrics=openmetrics, names=names)
+    def _extend(self, asked: float, body: bytes, names: list[str] | None, openmetrics: bool, compress: bool) -> bytes:
+        wanted = (openmetrics, None if names is None else tuple(names))
+        begun, ours = self._last.get(wanted, (-math.inf, b""))
+        if begun < asked:
+            begun = time.monotonic()
+            ours = self._collector.render(openmetrics=openmetrics, names=names)
+        self._last = {wanted: (begun, ours)} if self._work.waiting else {}
         if openmetrics:
             body = body.removesuffix(b"# EOF\n")
         body += ours

@@ -1,15 +1,17 @@
 """The CUDA meter's bookkeeping, with Triton's interpreter in place of a GPU.
 
 A graph replay writes new values into the memory that capture saw; here the test does. On a machine with a GPU
-``benchmarks/gpu_exact.py`` shows the same with real graphs.
+``benchmarks/gpu/exact.py`` shows the same with real graphs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moe_monitor.capture import kernels  # noqa: E402 - needs torch
+from moe_monitor.capture.ahead import compile_beside  # noqa: E402
 from moe_monitor.capture.cuda import CudaMeter  # noqa: E402
 from moe_monitor.capture.meter import accumulate  # noqa: E402
 from moe_monitor.capture.retained import Span  # noqa: E402
@@ -150,6 +153,33 @@ def test_replays_and_passes_without_a_graph_add_up() -> None:
     assert device.replay("a", 13) and device.replay("b", 8) and device.eager(20, rows=24) and device.replay("a", 1)
     assert device.meter.capture == "retain" and device.meter.passes == 4
     device.check()
+
+
+@interpreted
+def test_a_compilation_that_hangs_is_not_waited_for_without_end(monkeypatch) -> None:
+    monkeypatch.setattr("moe_monitor.capture.cuda.PATIENCE", 0.05)
+    device, ends = Device(), threading.Event()
+    device.meter._compiling = hanging = threading.Thread(target=ends.wait, args=(60,), daemon=True)
+    hanging.start()
+    assert device.eager(5)
+    device.check()
+    assert hanging.is_alive()
+    ends.set()
+
+
+def test_a_compilation_that_fails_is_left_to_the_first_launch(monkeypatch, caplog) -> None:
+    """Nothing is raised into the start, nor into the thread that nobody looks after."""
+
+    def fail(**kernel):
+        raise RuntimeError(f"no compiler for {kernel['experts']} experts")
+
+    monkeypatch.setattr("moe_monitor.capture.ahead.compile_kernel", fail)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    with caplog.at_level("DEBUG", "vllm.moe_monitor"):
+        compiling = compile_beside(torch.device("cuda"), experts=8)
+        compiling.join(10)
+    assert not compiling.is_alive()
+    assert "no compiler for 8 experts" in caplog.text
 
 
 def sealed(device, key):

@@ -66,6 +66,16 @@ def test_what_is_there_can_be_read_before_the_rest() -> None:
     renderings.stop()
 
 
+def test_a_reader_does_not_wait_without_end(monkeypatch) -> None:
+    monkeypatch.setattr("moe_monitor.export.renderings.PATIENCE", 0.1)
+    slow = Slow()
+    renderings = Renderings(slow)
+    with pytest.raises(RenderingError, match=r"nothing came for 0\.1 s"):
+        whole(renderings)
+    slow.go.set()
+    renderings.stop()
+
+
 def test_a_failure_reaches_all_readers_and_the_next_rendering_is_whole() -> None:
     broken = True
 

@@ -153,9 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
         parts = itertools.chain.from_iterable(self.server.renderings.ask(openmetrics))
         try:
             self._reply(parts, OPENMETRICS if openmetrics else TEXT, compressible=True)
-        except RenderingError:
-            message = b"the metrics could not be written, the log says why\n"
-            self._reply([message], _PLAIN, HTTPStatus.INTERNAL_SERVER_ERROR)
+        except RenderingError as error:
+            self._reply([f"{error}\n".encode()], _PLAIN, HTTPStatus.INTERNAL_SERVER_ERROR)
 
     def _reply(
         self,

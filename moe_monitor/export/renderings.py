@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
+#: A reader gives up when nothing came for so long, in seconds: reading boards hangs, on a broken disk for example.
+PATIENCE = 30.0
+
 
 class RenderingError(Exception):
     """The text could not be written to its end; the cause says why."""
@@ -34,18 +37,20 @@ class Rendering:
             self._changed.notify_all()
 
     def __iter__(self) -> Iterator[list[bytes]]:
-        """All parts that have come since the last time, at least one; waits for them."""
+        """All parts that have come since the last time, at least one; waits for them. Raises RenderingError."""
         at = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda at=at: len(self._parts) > at or self._ended)  # type: ignore[misc]
+                come = self._changed.wait_for(lambda at=at: len(self._parts) > at or self._ended, PATIENCE)  # type: ignore[misc]
                 fresh = self._parts[at:]
+            if not come:
+                raise RenderingError(f"reading and writing the metrics hangs: nothing came for {PATIENCE:g} s")
             if not fresh:
                 break
             at += len(fresh)
             yield fresh
         if self._error is not None:
-            raise RenderingError from self._error
+            raise RenderingError("the metrics could not be written, the log says why") from self._error
 
 
 class Renderings:

@@ -345,6 +345,29 @@ def test_a_graph_whose_twin_the_driver_refuses_is_timed_as_a_whole_and_the_other
     assert clock.table.arrays["layer"][0, -1].sum() == 2, "the second graph, once its twin was ready"
 
 
+def test_a_graph_that_is_met_again_while_its_twin_is_made_ready_gets_one_twin():
+    """The model runs on another thread than the one that makes twins ready."""
+    driver, clock = made()
+    graph = captured(driver, clock)
+    instantiate, made_ready = driver.instantiate, []
+
+    def slow(clone):
+        made_ready.append(clone)
+        run(clock, graph.replay, 1 + len(made_ready), ("FULL", 8))
+        return instantiate(clone)
+
+    driver.instantiate = slow
+    run(clock, graph.replay, 1, ("FULL", 8))
+    for _ in range(3):
+        clock.collect()
+    assert len(made_ready) == 1
+    assert clock.refusals == []
+    run(clock, graph.replay, 9, ("FULL", 8))
+    clock.collect()
+    assert clock.table.arrays["step"].sum() == 3
+    assert clock.table.arrays["layer"][0, -1].sum() == 1, "the last pass, with the twin"
+
+
 def test_refused_twins_are_counted_and_said_once(caplog):
     from moe_monitor.capture.vllm.latency import Timing
 

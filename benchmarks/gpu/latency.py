@@ -396,8 +396,10 @@ def main() -> None:
     capture.publisher.close()  # from here on samples are collected below
     settle(timing)
 
-    waiting = [g for g in clock._groups.values() if g.whole and not g.ready]
+    waiting = [g for g in clock._groups.values() if g.whole and not g.asked]
     free, began, nodes = torch.cuda.mem_get_info()[0], time.time(), clock._nodes
+    for group in waiting:
+        group.asked = True
     clock._wanted.extend(waiting)
     clock._make_ready()
     torch.cuda.synchronize()

@@ -53,6 +53,8 @@ class _Group:
     whole: bool
     nodes: int = 0
     twins: list[Twin] = field(default_factory=list)
+    #: A sampled pass has met it: its twins are to be made ready, or were, or cannot be.
+    asked: bool = False
     ready: bool = False
     refused: bool = False
 
@@ -165,7 +167,8 @@ class DeviceClock:
         with self._lock:
             self._flights.append(now)
             group = self._groups.get(key) if key is not None else None
-            if group is not None and not (group.ready or group.refused) and group not in self._wanted:
+            if group is not None and not group.asked:  # once: it may be being made ready at this moment
+                group.asked = True
                 self._wanted.append(group)
 
     def cancel(self) -> None:

@@ -45,7 +45,7 @@ from moe_monitor.capture.publisher import Publisher, Reading
 from moe_monitor.export.collector import MoeCollector
 
 LAYERS, EXPERTS, TOP_K, ENGINES = 58, 256, 8, 8
-SHAPE = {"layers": tuple(range(LAYERS)), "experts": EXPERTS, "top_k": TOP_K, "model_name": "large"}
+SHAPE = {"layers": tuple(range(LAYERS)), "experts": EXPERTS, "top_k": TOP_K, "model_name": "large", "traced": True}
 
 
 def write(directory: str, server: str, seconds: float) -> None:

@@ -6,6 +6,8 @@ One file per worker rank in the run directory (mode 0700, files 0600)::
 
 The JSON says what the writer is and has the table of segments.
 
+A segment may stand for several of the same form (a :class:`Ring`): ``name/0``, ``name/1`` and so on, in this order.
+
 A segment is two slots, each a header (u64 sequence, u64 wall-clock ns of the write, u64 monotonic ns, u32 CRC-32 of
 all that plus the payload) followed by named arrays. They are written in turn, as a whole, with one ``pwrite``. A reader
 takes the newest slot whose CRC is right, so no reader blocks the writer, no torn record is ever used, and a writer that
@@ -41,7 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAGIC = b"MOEBOARD"
-VERSION = 2
+VERSION = 3
 SUFFIX = ".board"
 
 _PREAMBLE = struct.Struct("<8sIII")
@@ -52,7 +54,21 @@ _MAX_SEGMENT = 1 << 27
 _ALIGN = 64
 _DTYPE = re.compile(r"[<>|=]?(?:[iu][1248]|f[248]|S[1-9][0-9]{0,6})")
 
+#: Segments that one ring may have.
+_MAX_COPIES = 1 << 16
+
 ArraySpec = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """So many segments of the same form. Each write gives all arrays of one."""
+
+    copies: int
+    arrays: Mapping[str, ArraySpec]
+
+
+Segments = Mapping[str, Mapping[str, ArraySpec] | Ring]
 
 
 class BoardError(Exception):
@@ -101,19 +117,25 @@ def open_directory(path: Path, *, create: bool) -> int:
     return fd
 
 
-def _plan(segments: Mapping[str, Mapping[str, ArraySpec]]) -> tuple[dict[str, Any], int]:
+def _plan(segments: Segments) -> tuple[dict[str, Any], int]:
     """Offsets, relative to the first segment, of every segment and of the arrays within it; and the total size."""
     plan: dict[str, Any] = {}
     at = 0
-    for name, arrays in segments.items():
+    for name, spec in segments.items():
+        copies, arrays = (spec.copies, spec.arrays) if isinstance(spec, Ring) else (0, spec)
         inside, table = 0, {}
         for array, (dtype, shape) in arrays.items():
             size = int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64))
             table[array] = {"at": inside, "dtype": dtype, "shape": list(shape)}
             inside += -(-size // 8) * 8
-        plan[name] = {"at": at, "bytes": inside, "arrays": table}
-        at += 2 * _slot(inside)
+        plan[name] = {"at": at, "bytes": inside, "arrays": table} | ({"copies": copies} if copies else {})
+        at += 2 * _slot(inside) * max(1, copies)
     return plan, at
+
+
+def _names(segment: str, copies: int) -> list[str]:
+    """What its parts are called."""
+    return [f"{segment}/{i}" for i in range(copies)] if copies else [segment]
 
 
 def _slot(size: int) -> int:
@@ -124,7 +146,7 @@ def _slot(size: int) -> int:
 class BoardWriter:
     """The writing end. Not thread-safe: one publisher owns it.
 
-    ``identity`` is JSON-able and never changes; ``segments`` maps segment -> array name -> (dtype, shape).
+    ``identity`` is JSON-able and never changes; ``segments`` maps segment -> array name -> (dtype, shape), or a ring.
     Raises BoardError when the directory or the file cannot be had.
     """
 
@@ -133,7 +155,7 @@ class BoardWriter:
         directory: Path,
         name: str,
         identity: Mapping[str, Any],
-        segments: Mapping[str, Mapping[str, ArraySpec]],
+        segments: Segments,
     ) -> None:
         if "/" in name or name.startswith(".") or not name:
             raise BoardError(f"{name!r} is not a board name")
@@ -144,11 +166,14 @@ class BoardWriter:
             raise BoardError(f"the board's description has {len(text)} bytes, more than {_MAX_JSON}")
         self._preamble = preamble = _PREAMBLE.pack(MAGIC, VERSION, len(text), zlib.crc32(text)) + text
         start = -(-len(preamble) // _ALIGN) * _ALIGN
-        self._segments = {
-            key: (start + part["at"], bytearray(_SEGMENT.size + part["bytes"]), part["arrays"])
-            for key, part in plan.items()
-        }
-        self._sequence = dict.fromkeys(plan, 0)
+        self._segments: dict[str, tuple[int, bytearray, dict[str, Any]]] = {}
+        for key, part in plan.items():
+            buffer = bytearray(_SEGMENT.size + part["bytes"])  # of a ring: one for all
+            for i, name_of_it in enumerate(_names(key, part.get("copies", 0))):
+                at = start + part["at"] + i * 2 * _slot(part["bytes"])
+                self._segments[name_of_it] = (at, buffer, part["arrays"])
+        self._rings = {key for key, part in plan.items() if "copies" in part}
+        self._sequence = dict.fromkeys(self._segments, 0)
         self._fd = -1
         self._directory = open_directory(directory, create=True)
         temporary = f".{name}.{os.getpid()}.tmp"
@@ -164,8 +189,8 @@ class BoardWriter:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.posix_fallocate(self._fd, 0, start + size)  # a full disk shows here, not in the middle of serving
             os.pwrite(self._fd, preamble, 0)
-            for key in plan:
-                self.write(key, {})
+            for key in self._segments:
+                self._write(key, {})
             os.rename(temporary, self.path.name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -177,7 +202,14 @@ class BoardWriter:
         _writers.add(self)
 
     def write(self, segment: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Replace the given arrays of a segment (others keep their last content). Raises OSError, ValueError."""
+        """Replace the given arrays of a segment (others keep their last content; a ring's must be given all). Raises
+        OSError, ValueError.
+        """
+        if segment.rpartition("/")[0] in self._rings and arrays.keys() != self._segments[segment][2].keys():
+            raise ValueError(f"{segment} is written as a whole, got {sorted(arrays)}")
+        self._write(segment, arrays)
+
+    def _write(self, segment: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         offset, buffer, table = self._segments[segment]
         for name, value in arrays.items():
             spec = table[name]
@@ -280,10 +312,11 @@ class BoardReader:
                     _whole(part["at"], _MAX_SEGMENT),
                     _whole(part["bytes"], _MAX_SEGMENT),
                     {str(k): _array_spec(v, part["bytes"]) for k, v in part["arrays"].items()},
+                    _whole(part.get("copies", 0), _MAX_COPIES),
                 )
                 for name, part in description["segments"].items()
             }
-            end = max((at + 2 * _slot(size) for at, size, _ in self._plan.values()), default=0)
+            end = max((at + 2 * _slot(size) * max(1, n) for at, size, _, n in self._plan.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._refuse("its description is damaged") from error
         if self._plan and info.st_size < self._start + end:
@@ -301,19 +334,29 @@ class BoardReader:
 
     @property
     def segments(self) -> tuple[str, ...]:
+        """Names of segments, a ring's without the number."""
         return tuple(self._plan)
 
+    def copies(self, segment: str) -> int:
+        """How many a ring has; 0 for any other segment, also one that is not there."""
+        return self._plan[segment][3] if segment in self._plan else 0
+
     def read(self, segment: str) -> Record:
-        """One consistent copy of a segment. Raises BoardError if there is none, or none came within about 50 ms.
+        """One consistent copy of a segment, of a ring ``name/number``. Raises BoardError if there is none, or none came
+        within about 50 ms.
 
         Never older than what any reader of this board was given before. A slot is only believed to be the newest if
         the other one is whole too, or if it is the only whole one twice in a row: a read that is held up between its
         two slots could otherwise find an old slot, and the other one in the middle of the write after next.
         """
-        try:
-            at, size, table = self._plan[segment]
-        except KeyError:
-            raise self._refuse(f"it has no segment {segment!r}") from None
+        ring, _, number = segment.rpartition("/")
+        if number.isdecimal() and len(number) < 10 and int(number) < self.copies(ring):
+            at, size, table, _ = self._plan[ring]
+            at += 2 * _slot(size) * int(number)
+        elif segment in self._plan and not self.copies(segment):
+            at, size, table, _ = self._plan[segment]
+        else:
+            raise self._refuse(f"it has no segment {segment!r}")
         alone = -1
         for attempt in range(13):
             if attempt > 1:

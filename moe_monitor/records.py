@@ -1,6 +1,6 @@
 """Records of traced requests on the board: how a worker hands them over, and how readers pick them up.
 
-A board with tracing has ``RECORDS`` segments ``request/i`` and an index. Record number s (from 1) lies in segment
+A board with tracing has a ring of N segments ``request/i`` and an index. Record number s (from 1) lies in segment
 ``s % N``; the writer never waits for a reader, so a reader that comes too late finds it overwritten, and counts that.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_monitor.board import ArraySpec, BoardError, BoardReader, BoardWriter, board_paths
+from moe_monitor.board import ArraySpec, BoardError, BoardReader, BoardWriter, Ring, board_paths
 from moe_monitor.gil import let_others
 from moe_monitor.layout import NO_ENTROPY, TALLY_COLUMNS
 
 META_BYTES = 2048
-INDEX = "requests"
+INDEX, RING = "requests", "request"
 
 #: All records of a board stay within this many bytes, but are at least and at most so many.
 _BUDGET, _LEAST, _MOST = 8 << 20, 16, 512
@@ -72,7 +72,7 @@ class Tally:
     stats: NDArray[np.int64]
 
 
-def record_segments(layers: int, experts: int) -> dict[str, dict[str, ArraySpec]]:
+def record_segments(layers: int, experts: int) -> dict[str, dict[str, ArraySpec] | Ring]:
     """The segments of a board that carries records."""
     size = META_BYTES + layers * (2 * experts * 4 + len(TALLY_COLUMNS) * 8)
     record: dict[str, ArraySpec] = {
@@ -82,7 +82,7 @@ def record_segments(layers: int, experts: int) -> dict[str, dict[str, ArraySpec]
     }
     n = max(_LEAST, min(_MOST, _BUDGET // size))
     index: dict[str, ArraySpec] = {"serial": ("<i8", (1,)), "n": ("<i8", (1,))}
-    return {INDEX: index, **{f"request/{i}": record for i in range(n)}}
+    return {INDEX: index, RING: Ring(n, record)}
 
 
 class RecordWriter:
@@ -90,7 +90,7 @@ class RecordWriter:
 
     def __init__(self, board: BoardWriter, segments: Mapping[str, Any]) -> None:
         self.board = board
-        self._n = sum(name.startswith("request/") for name in segments)
+        self._n = segments[RING].copies if RING in segments else 0
         self._serial = 0
 
     @property
@@ -104,7 +104,7 @@ class RecordWriter:
             self._serial += 1
             meta = tally.meta.to_array(self._serial)
             arrays: dict[str, NDArray[Any]] = {"meta": meta, "counts": tally.counts, "stats": tally.stats}
-            self.board.write(f"request/{self._serial % self._n}", arrays)
+            self.board.write(f"{RING}/{self._serial % self._n}", arrays)
             self.board.write(INDEX, {"serial": np.array([self._serial]), "n": np.array([self._n])})
             let_others()
 
@@ -173,13 +173,24 @@ class RecordReader:
     """Follows the boards of a run directory and returns what has newly finished. Not thread-safe.
 
     server: only this server's boards; None for all. patience: seconds to wait for the other ranks of an engine once
-    one has handed a request over. ``missed`` counts records that were overwritten before they were read.
+    one has handed a request over. newest: how many of those that a board has already are of interest; None for all.
+    pause: called before each record. ``missed`` counts records that were overwritten before they were read.
     """
 
-    def __init__(self, directory: Path, server: str | None = None, patience: float = 1.5) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        server: str | None = None,
+        patience: float = 1.5,
+        *,
+        newest: int | None = None,
+        pause: Callable[[], None] = lambda: None,
+    ) -> None:
         self._directory = directory
         self._server = server
         self._patience = patience
+        self._newest = newest
+        self._pause = pause
         self._boards: dict[str, _Followed] = {}
         self._ignored: dict[str, tuple[int, int]] = {}
         self._parts: dict[tuple[str, str, str, str], _Parts] = {}
@@ -224,20 +235,22 @@ class RecordReader:
                 reader.close()
                 self._ignored[path.name] = stamp
                 continue
-            self._boards[path.name] = _Followed(reader, stamp, 0)
+            self._boards[path.name] = _Followed(reader, stamp, -1)
 
     def _read(self, name: str, followed: _Followed, now: float) -> None:
         index = followed.reader.read(INDEX).arrays
         last, n = int(index["serial"][0]), int(index["n"][0])
-        if not 0 < n == sum(segment.startswith("request/") for segment in followed.reader.segments):
+        if not 0 < n == followed.reader.copies(RING):
             raise BoardError(f"{name!r} is not a usable board: its index is damaged")
+        if followed.serial < 0:
+            followed.serial = 0 if self._newest is None else max(0, last - self._newest)
         first = max(followed.serial + 1, last - n + 1)
         self.missed += first - followed.serial - 1
         for serial in range(first, last + 1):
             followed.serial = serial
-            let_others()
+            self._pause()
             try:
-                arrays = followed.reader.read(f"request/{serial % n}").arrays
+                arrays = followed.reader.read(f"{RING}/{serial % n}").arrays
                 meta = Meta.from_array(arrays["meta"])
                 identity = followed.reader.identity
                 key = (*(str(identity[k]) for k in ("server", "model_name", "engine")), meta.id)
@@ -260,7 +273,7 @@ class RecordReader:
             ]
             if set(engine) <= set(parts.by_board) or now - parts.since >= self._patience:
                 del self._parts[key]
-                let_others()
+                self._pause()
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     found.append(_merge(parts.by_board.values()))
         return sorted(found, key=lambda record: record.meta.finished)

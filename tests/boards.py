@@ -13,6 +13,7 @@ from moe_monitor import __version__
 from moe_monitor.board import BoardWriter
 from moe_monitor.latency import SEGMENT, latency_segment
 from moe_monitor.layout import FIXED_POINT, HISTOGRAMS, RowLayout, edges
+from moe_monitor.records import record_segments
 from moe_monitor.snapshot import STATUS_SEGMENT, Status, routing_segment
 
 
@@ -68,7 +69,8 @@ def routed_rows(layers: int, experts: int, top_k: int, tokens: int, seed: int = 
 class FakeWorker:
     """A board on disk, held alive by this process. Use as a context manager.
 
-    ``latency``: arrays of a :class:`~moe_monitor.latency.LatencyTable` of as many layers.
+    ``latency``: arrays of a :class:`~moe_monitor.latency.LatencyTable` of as many layers. ``traced``: with room for the
+    records of traced requests, as a server has it by default.
     """
 
     def __init__(
@@ -77,11 +79,14 @@ class FakeWorker:
         name: str = "rank-0",
         tokens: int = 1000,
         latency: dict[str, np.ndarray] | None = None,
+        traced: bool = False,
         **facts: Any,
     ) -> None:
         self.facts = identity(**facts)
         self.layers, self.experts = len(self.facts["layers"]), self.facts["experts"]
-        segments = {"status": STATUS_SEGMENT}
+        segments: dict[str, Any] = {"status": STATUS_SEGMENT}
+        if traced:
+            segments |= record_segments(self.layers, self.experts)
         if self.layers:
             segments["routing"] = routing_segment(self.layers, RowLayout(self.experts).width)
         if latency is not None:

@@ -17,6 +17,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,17 @@ import pytest
 from boards import FakeWorker, identity
 
 from moe_monitor import board as board_module
-from moe_monitor.board import BoardError, BoardReader, BoardWriter, board_paths, live_boards, remove_dead_boards
+from moe_monitor.board import (
+    _PREAMBLE,
+    MAGIC,
+    BoardError,
+    BoardReader,
+    BoardWriter,
+    Ring,
+    board_paths,
+    live_boards,
+    remove_dead_boards,
+)
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.publisher import Publisher, Reading
 from moe_monitor.export.collector import MoeCollector
@@ -287,11 +298,54 @@ def test_what_is_given_up_is_said_once(directory, caplog):
     assert "what=bad_moe_trace" in caplog.text
 
 
+def test_a_ring_is_many_segments_and_one_description(directory):
+    """Each is written and read by itself; a reader does not have more to parse because there are many."""
+    form = {"x": ("<i8", (3,)), "y": ("u1", (5,))}
+    sizes = []
+    for copies in (2, 2000):
+        with contextlib.closing(
+            BoardWriter(directory, f"ring{copies}", identity(), {"ring": Ring(copies, form)})
+        ) as made:
+            for i in (0, copies - 1, 1):
+                made.write(f"ring/{i}", {"x": np.full(3, 100 + i), "y": np.full(5, i % 7)})
+            with pytest.raises(ValueError, match="is written as a whole"):
+                made.write("ring/0", {"x": np.zeros(3)})
+            with BoardReader(made.path) as reader:
+                assert (reader.segments, reader.copies("ring"), reader.copies("other")) == (("ring",), copies, 0)
+                for i in (0, 1, copies - 1):
+                    read = reader.read(f"ring/{i}").arrays
+                    assert (read["x"].tolist(), read["y"].tolist()) == ([100 + i] * 3, [i % 7] * 5)
+                for name in ("ring", f"ring/{copies}", "ring/-1", "ring/x", "ring/", "ring/1/1", "other/0"):
+                    with pytest.raises(BoardError, match="it has no segment"):
+                        reader.read(name)
+                sizes.append(reader._start)
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("copies", [-1, 1 << 17, "3", 2.5, None, 100])
+def test_a_ring_that_no_board_has_is_refused(directory, copies):
+    """100: more than the file has room for."""
+    with contextlib.closing(
+        BoardWriter(directory, "ring", identity(), {"ring": Ring(10, {"x": ("<i8", (300,))})})
+    ) as made:
+        content = made.path.read_bytes()
+        _, version, length, _ = _PREAMBLE.unpack_from(content)
+        description = json.loads(content[_PREAMBLE.size : _PREAMBLE.size + length])
+        description["segments"]["ring"]["copies"] = copies
+        text = json.dumps(description).encode()
+        forged = directory / "forged.board"
+        forged.write_bytes(
+            _PREAMBLE.pack(MAGIC, version, len(text), zlib.crc32(text)) + text + content[_PREAMBLE.size + length :]
+        )
+        with pytest.raises(BoardError, match=r"description is damaged|too short"):
+            BoardReader(forged)
+
+
 @pytest.mark.parametrize("where", ["status", "data"])
 def test_garbage_in_a_segment_is_not_read_and_heals_with_the_next_write(writer, where):
     write(writer, 7)
     with BoardReader(writer.path) as reader:
-        at, size, _ = reader._plan[where]
+        at, size, *_ = reader._plan[where]
         with open(writer.path, "r+b") as file:
             file.seek(reader._start + at)
             file.write(b"\xff" * 2 * size)

@@ -446,14 +446,17 @@ class TracingDevice(Device):
 
 
 @interpreted
-@pytest.mark.parametrize("most", [0, 16], ids=["after the replay", "sealed"])
-def test_traced_requests_are_tallied_in_replays_and_without_graphs(most) -> None:
+@pytest.mark.parametrize(
+    ("most", "shards"), [(0, False), (16, False), (16, True)], ids=["after the replay", "sealed", "shards too"]
+)
+def test_traced_requests_are_tallied_in_replays_and_without_graphs(most, shards) -> None:
     device = TracingDevice()
+    device.meter.seals_shards = shards
     device.warm_up(8)
     device.meter.before_capture(rows=40, most=most)
     device.capture("a", 8)
     device.capture("b", 16, Span(start=8, rows=8))
-    assert sealed(device, "a") == sealed(device, "b") == [most > 0]
+    assert (sealed(device, "a"), sealed(device, "b")) == ([most > 0], [most > 0 and shards])
     device.owners(0, 0, -1, 2, 2)
     assert device.eager(5)
     device.owners(1, 3, -1)

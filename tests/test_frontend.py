@@ -151,15 +151,18 @@ def test_a_scrape_that_hangs_does_not_keep_the_process_from_ending() -> None:
 def test_scrapes_that_wait_together_share_one_rendering(collector: MoeCollector, monkeypatch) -> None:
     """And none gets what was read before it asked."""
     rendered: list[tuple[bool, Any]] = []
+    begun, go = threading.Event(), threading.Event()
     real = MoeCollector.render
 
     def render(self: Any, *, openmetrics: bool = False, names: Any = None) -> bytes:
         rendered.append((openmetrics, names))
-        time.sleep(0.2)
+        begun.set()
+        assert go.wait(10)
         return real(self, openmetrics=openmetrics, names=names)
 
     monkeypatch.setattr(MoeCollector, "render", render)
     middleware = frontend.MetricsMiddleware(app(), collector)
+    waiting = middleware._work._queue
 
     async def scrape(query: bytes = b"") -> bytes:
         sent: list[Any] = []
@@ -173,8 +176,13 @@ def test_scrapes_that_wait_together_share_one_rendering(collector: MoeCollector,
 
     async def storm() -> list[bytes]:
         first = asyncio.create_task(scrape())
-        await asyncio.sleep(0.1)  # the first is being rendered
-        return await asyncio.gather(first, *(scrape() for _ in range(8)), scrape(b"name[]=moe_monitor_active"))
+        while not begun.is_set():  # noqa: ASYNC110 - set by another thread
+            await asyncio.sleep(0.01)
+        later = [asyncio.create_task(scrape(query)) for query in [b""] * 8 + [b"name[]=moe_monitor_active"]]
+        while waiting.qsize() < 9:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        go.set()
+        return await asyncio.gather(first, *later)
 
     bodies = asyncio.run(storm())
     assert rendered == [(False, None), (False, None), (False, ["moe_monitor_active"])]
@@ -182,6 +190,9 @@ def test_scrapes_that_wait_together_share_one_rendering(collector: MoeCollector,
     assert all(b"moe_expert_tokens_total" in body for body in bodies[:9])
     assert b"moe_expert_tokens_total" not in bodies[9]
     assert b"moe_monitor_active" in bodies[9]
+    end = time.monotonic() + 5
+    while middleware._last and time.monotonic() < end:
+        time.sleep(0.01)
     assert middleware._last == {}, "megabytes are kept only while somebody waits"
 
 
@@ -201,7 +212,7 @@ def test_no_stretch_of_a_large_scrape_keeps_the_event_loop_waiting(
         last = time.thread_time()
 
     monkeypatch.setattr("moe_monitor.export.collector.let_others", pause)
-    large: dict[str, Any] = {"layers": tuple(range(58)), "experts": 256, "tokens": 200, "server": "s"}
+    large: dict[str, Any] = {"layers": tuple(range(58)), "experts": 256, "tokens": 200, "server": "s", "traced": True}
     workers = [FakeWorker(tmp_path / "run", name=f"s.{i}.0", engine=str(i), **large) for i in range(8)]
     collector = MoeCollector(tmp_path / "run", server="s", max_series=2048, gentle=True)
     collector.render()  # makes the text of names and labels

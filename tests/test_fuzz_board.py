@@ -41,7 +41,13 @@ def reads(path):
     """All that a board says, or the refusal."""
     try:
         with BoardReader(path) as reader:
-            return {name: reader.read(name).arrays for name in reader.segments}
+            names = [
+                f"{name}/{i}" if n else name
+                for name in reader.segments
+                for n in [reader.copies(name)]
+                for i in range(min(n, 3) or 1)
+            ]
+            return {name: reader.read(name).arrays for name in names}
     except BoardError as refusal:
         error = str(refusal)
     assert str(path) in error

@@ -286,7 +286,7 @@ def test_records_arrive_once_and_in_order(tmp_path) -> None:
 def test_overwritten_records_are_counted(tmp_path) -> None:
     with Worker(tmp_path / "run") as worker:
         reader = RecordReader(tmp_path / "run")
-        n = sum(name.startswith("request/") for name in record_segments(4, 64))
+        n = record_segments(4, 64)["request"].copies
         worker.writer.write(tally(f"r{i}") for i in range(n + 5))
         assert len(reader.poll()) == n
         assert reader.missed == 5
@@ -328,7 +328,7 @@ def test_a_burst_of_requests_does_not_keep_the_event_loop_waiting(tmp_path, monk
         for i in range(n):
             finish(front, f"r{i}", at=1.0)
         monkeypatch.setattr("moe_monitor.export.frontend.let_others", pause)
-        monkeypatch.setattr("moe_monitor.records.let_others", pause)
+        front._reader._pause = pause
         last = begun = time.thread_time()
         front.match(1.0)
         whole = time.thread_time() - begun
@@ -381,7 +381,7 @@ def test_long_ids_are_cut_and_stay_apart() -> None:
 
 @pytest.mark.parametrize(("layers", "experts"), [(1, 8), (16, 64), (58, 256), (94, 512)])
 def test_records_stay_within_their_share_of_the_board(layers, experts) -> None:
-    n = sum(name.startswith("request/") for name in record_segments(layers, experts))
+    n = record_segments(layers, experts)["request"].copies
     assert 16 <= n <= 512
     assert n * (slot_bytes(layers, experts) + 2048) <= max(8 << 20, 16 * (slot_bytes(layers, experts) + 2048))
 

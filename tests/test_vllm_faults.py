@@ -286,7 +286,7 @@ def test_200_scrapes_at_once(first: Live) -> None:
     slowest = max(seconds for seconds, _ in answers)
     print(f"the slowest of 200 scrapes at once took {slowest:.1f} s")
     assert slowest < 30
-    # Ours are rendered one after the other. What has not come after so long is left out as a whole.
+    # Those that wait share a rendering. What has not come after so long is left out as a whole.
     there = ["moe_monitor_active{" in text for _, text in answers]
     assert all(found for found, (seconds, _) in zip(there, answers, strict=True) if seconds < SCRAPE_SECONDS)
     assert sum(there) >= 100

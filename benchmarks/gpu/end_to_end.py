@@ -293,7 +293,8 @@ def compare(args: argparse.Namespace, folder: Path, scratch: Path, began: float)
             awake.look()
             host_time = turn % 4 == 1  # reading it takes a second, which is better spent
             for concurrency in args.concurrency:
-                order = args.arms[turn % len(args.arms) :] + args.arms[: turn % len(args.arms)]
+                begin = (turn + turn // len(args.arms)) % len(args.arms)  # an arm that is seldom measured rotates, too
+                order = args.arms[begin:] + args.arms[:begin]
                 if left() < 15 + len(order) * longest[concurrency]:
                     say("DEADLINE", rounds_done=turn - 1, before_concurrency=concurrency)
                     return

@@ -84,6 +84,9 @@ class CudaMeter:
         self._control: Control | None = None
         #: The sealed graph that was replayed in this pass.
         self.counted: Retained | None = None
+        #: Whether graphs are sealed whose routers see other ranks' rows, or a part of this one's. They are counted
+        #: after their replays: sealed they were seen to count right in Triton's interpreter only.
+        self.seals_shards = False
         #: The key under which layers were seen since a capture last ended.
         self._seen_in: Hashable | None = None
         #: What the last replay was of, and told; None after one that did not count.
@@ -104,6 +107,11 @@ class CudaMeter:
             scoring=self.scoring,
             traced=self.tallies is not None,
         )
+
+    def close(self) -> None:
+        """Wait for the compiler, briefly: the process may be about to end, and not in the middle of it."""
+        if self._compiling is not None:
+            self._compiling.join(2.0)
 
     # set-up: on the first router of the first (warm-up) pass, outside vLLM's weight memory pool
 
@@ -222,6 +230,8 @@ class CudaMeter:
         if len(graph.tensors) != len(self.layers) or not control.has_room(len(self.layers)):
             return None
         span = graph.span
+        if (span.start or span.skip) and not self.seals_shards:
+            return None
         pairs = graph.ordered()
         most = min(pairs[0][0].shape[0] - span.start, span.rows)
         if span.start + most > control.rows:

@@ -11,6 +11,7 @@ Nothing here waits for the device: stamps are copied to pinned memory behind the
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import weakref
@@ -107,6 +108,8 @@ class DeviceClock:
         self._nodes = 0
         self._overhead = 0
         self._lock = threading.Lock()
+        #: Held while twins are made ready or let go of, which takes milliseconds.
+        self._making = threading.Lock()
         self._free = deque(range(_RING))
         self._flights: deque[_Flight] = deque()
         self._wanted: deque[_Group] = deque()
@@ -308,21 +311,29 @@ class DeviceClock:
         while self._wanted:
             with self._lock:
                 group = self._wanted.popleft()
-            if self._nodes >= _MOST_NODES:
-                group.refused = True
-                continue
-            self._make_current()
-            try:
-                for twin in group.twins:
-                    twin.instantiate()
-            except DriverError as error:  # this graph is timed as a whole from now on, others layer by layer
-                group.refused = True
-                self.refusals.append(f"{error}; {', '.join(twin.kinds() for twin in group.twins)}")
-                for twin in group.twins:
-                    twin.close()
-                continue
-            self._nodes += group.nodes
-            group.ready = True
+            with self._making:
+                if not (group.ready or group.refused):  # let go of meanwhile
+                    self._make(group)
+
+    def _make(self, group: _Group) -> None:
+        if self._nodes >= _MOST_NODES:
+            group.refused = True
+            return
+        self._make_current()
+        try:
+            for twin in group.twins:
+                twin.instantiate()
+        except DriverError as error:  # this graph is timed as a whole from now on, others layer by layer
+            group.refused = True
+            what = "its nodes are not known"
+            with contextlib.suppress(DriverError):
+                what = ", ".join(twin.kinds() for twin in group.twins)
+            self.refusals.append(f"{error}; {what}")
+            for twin in group.twins:
+                twin.close()
+            return
+        self._nodes += group.nodes
+        group.ready = True
 
     def _step(self, flight: _Flight) -> SampledStep:
         stamps = self._host_numpy[flight.at]
@@ -344,10 +355,11 @@ class DeviceClock:
     def close(self) -> None:
         """Let go of all twins; graphs are replayed as they are from now on."""
         self.sampling = False
-        groups, self._groups, self._nodes = self._groups, {}, 0
         with self._lock:
             self._wanted.clear()
-        for group in groups.values():
-            group.ready, group.refused = False, True
-            for twin in group.twins:
-                twin.close()
+        with self._making:  # what is being made ready is let go of afterwards
+            groups, self._groups, self._nodes = self._groups, {}, 0
+            for group in groups.values():
+                group.ready, group.refused = False, True
+                for twin in group.twins:
+                    twin.close()

@@ -154,8 +154,9 @@ class Twin:
         self._driver.launch_graph(self._executable, stream)
 
     def close(self) -> None:
-        if self._executable:
-            self._driver.destroy_executable(self._executable)
-        if self._clone:
-            self._driver.destroy_graph(self._clone)
+        executable, clone = self._executable, self._clone
         self._executable = self._clone = 0
+        if executable:
+            self._driver.destroy_executable(executable)
+        if clone:
+            self._driver.destroy_graph(clone)

@@ -150,10 +150,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _metrics(self) -> None:
         openmetrics = wants_openmetrics(",".join(self.headers.get_all("Accept", [])))
-        parts = itertools.chain.from_iterable(self.server.renderings.ask(openmetrics))
         try:
+            parts = itertools.chain.from_iterable(self.server.renderings.ask(openmetrics))
             self._reply(parts, OPENMETRICS if openmetrics else TEXT, compressible=True)
+            self.server.hangs = False
         except RenderingError as error:
+            if error.__cause__ is None and not self.server.hangs:  # what has a cause was said when it happened
+                logger.warning("moe-monitor: %s", error)
+                self.server.hangs = True
             self._reply([f"{error}\n".encode()], _PLAIN, HTTPStatus.INTERNAL_SERVER_ERROR)
 
     def _reply(
@@ -202,6 +206,8 @@ class Exporter(ThreadingHTTPServer):
         self.collector = collector
         self.web = web
         self._packers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="moe-monitor-gzip")
+        #: Whether it was said that reading hangs.
+        self.hangs = False
         self.renderings = Renderings(lambda openmetrics: collector.stream(openmetrics=openmetrics))
         self._fleet = FleetLoad(collector)
         self._thread: threading.Thread | None = None

@@ -22,9 +22,9 @@ from moe_monitor.records import RecordReader, RequestRecord, short_id
 
 #: Seconds between two looks at the boards.
 POLL = 0.2
-#: How long one half waits for the other, in seconds, and how many may wait.
+#: How long one half waits for the other, in seconds, and how many may wait, of records also by their size.
 FINISHED_WAITS, RECORD_WAITS = 30.0, 10.0
-MOST_FINISHED, MOST_RECORDS = 20_000, 512
+MOST_FINISHED, MOST_RECORDS, RECORD_BYTES = 20_000, 512, 64 << 20
 
 
 @dataclass
@@ -49,7 +49,7 @@ class FrontEnd:
     """
 
     def __init__(self, directory: Path, server: str, fleet: FleetLoad, logger: logging.Logger) -> None:
-        self._reader = RecordReader(directory, server)
+        self._reader = RecordReader(directory, server, pause=let_others)
         self._board = FrontBoard(directory, server)
         self._fleet = fleet
         self._logger = logger
@@ -118,7 +118,11 @@ class FrontEnd:
                     del self._finished[name]
                 if (finished is not None and finished.complete) or now - came > RECORD_WAITS:
                     del self._records[name]  # unmatched: aborted, or answered by another API server
-            while len(self._records) > MOST_RECORDS:
+            room = MOST_RECORDS
+            if self._records:
+                _, record = next(iter(self._records.values()))
+                room = min(room, max(64, RECORD_BYTES // record.counts.nbytes))
+            while len(self._records) > room:
                 del self._records[next(iter(self._records))]
             while self._finished and now - next(iter(self._finished.values())).at > FINISHED_WAITS:
                 del self._finished[next(iter(self._finished))]  # not traced

@@ -152,7 +152,8 @@ class FleetLoad:
 
 def recent(directory: Path, fleet: FleetLoad, limit: int = 1000) -> list[Summary]:
     """The last traced requests of all servers of a run directory, newest first; damaged records are left out."""
-    reader = RecordReader(directory, patience=0)
+    # A few more than wanted: the boards of a request's ranks need not be equally far.
+    reader = RecordReader(directory, patience=0, newest=limit + 16)
     try:
         records = reader.poll()
     finally:

@@ -148,8 +148,11 @@ class Capture:
                 tallies=tallies,
                 forced=settings.capture,
             )
-            logits = getattr(layers[0][1].moe_config, "router_logits_dtype", None) or model_runner.model_config.dtype
-            meter.compile_beside(model_runner.device, logits, torch.int32)
+            try:  # a guess, which saves time where it is right
+                logits = getattr(layers[0][1].moe_config, "router_logits_dtype", None)
+                meter.compile_beside(model_runner.device, logits or model_runner.model_config.dtype, torch.int32)
+            except Exception as error:
+                logger.debug("moe-monitor does not compile beforehand: %r", error)
             self.fuse.status.capture = meter.capture
             if tallies is not None:
                 possible = lambda: meter.capture != "ingraph"  # noqa: E731
@@ -419,5 +422,7 @@ class Capture:
 
     def close(self) -> None:
         self.detach()
+        if isinstance(self.meter, CudaMeter):
+            self.meter.close()
         if self.publisher is not None:
             self.publisher.close()

@@ -121,17 +121,13 @@ class Worker:
     server from ending.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, on_idle: Callable[[], None] = lambda: None) -> None:
         self._name = name
+        self._on_idle = on_idle
         self._thread: threading.Thread | None = None
         self._queue: queue.SimpleQueue[tuple[Callable[[], bytes], asyncio.Future[bytes]]] = queue.SimpleQueue()
         #: Since when the present piece of work has been at it; infinite while there is none.
         self._since = math.inf
-
-    @property
-    def waiting(self) -> bool:
-        """Whether more is to be done after the present piece of work."""
-        return not self._queue.empty()
 
     def submit(self, work: Callable[[], bytes]) -> asyncio.Future[bytes]:
         """Call from the event loop. Raises TimeoutError at once while earlier work hangs."""
@@ -147,19 +143,24 @@ class Worker:
     def _run(self) -> None:
         while True:
             work, future = self._queue.get()
-            if future.done():  # whoever waited has given up
-                continue
-            self._since = time.monotonic()
-            # vLLM has just made its own part on the event loop; let the loop do what has come due meanwhile.
-            time.sleep(0.001)
-            result: bytes | Exception
-            try:
-                result = work()
-            except Exception as error:
-                result = error
-            self._since = math.inf
-            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-                future.get_loop().call_soon_threadsafe(_settle, future, result)
+            if not future.done():  # otherwise whoever waited has given up
+                self._do(work, future)
+            del work, future  # an answer has megabytes
+            if self._queue.empty():
+                self._on_idle()
+
+    def _do(self, work: Callable[[], bytes], future: asyncio.Future[bytes]) -> None:
+        self._since = time.monotonic()
+        # vLLM has just made its own part on the event loop; let the loop do what has come due meanwhile.
+        time.sleep(0.001)
+        result: bytes | Exception
+        try:
+            result = work()
+        except Exception as error:
+            result = error
+        self._since = math.inf
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            future.get_loop().call_soon_threadsafe(_settle, future, result)
 
 
 def _settle(future: asyncio.Future[bytes], result: bytes | Exception) -> None:
@@ -177,7 +178,7 @@ class MetricsMiddleware:
     def __init__(self, app: App, collector: MoeCollector) -> None:
         self._app = app
         self._collector = collector
-        self._work = Worker("moe-monitor-scrape")
+        self._work = Worker("moe-monitor-scrape", self._forget)
         self._missing = False
         #: What was rendered last, and when that began: scrapes that were waiting by then share it.
         self._last: dict[tuple[bool, tuple[str, ...] | None], tuple[float, bytes]] = {}
@@ -217,13 +218,17 @@ class MetricsMiddleware:
         await send({**start, "headers": kept})
         await send({"type": "http.response.body", "body": body})
 
+    def _forget(self) -> None:
+        """Nobody waits: what was rendered is of no more use."""
+        self._last = {}
+
     def _extend(self, asked: float, body: bytes, names: list[str] | None, openmetrics: bool, compress: bool) -> bytes:
         wanted = (openmetrics, None if names is None else tuple(names))
         begun, ours = self._last.get(wanted, (-math.inf, b""))
         if begun < asked:
             begun = time.monotonic()
             ours = self._collector.render(openmetrics=openmetrics, names=names)
-        self._last = {wanted: (begun, ours)} if self._work.waiting else {}
+            self._last = {wanted: (begun, ours)}
         if openmetrics:
             body = body.removesuffix(b"# EOF\n")
         body += ours

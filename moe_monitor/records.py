@@ -26,7 +26,7 @@ META_BYTES = 2048
 INDEX, RING = "requests", "request"
 
 #: All records of a board stay within this many bytes, but are at least and at most so many.
-_BUDGET, _LEAST, _MOST = 8 << 20, 16, 512
+_BUDGET, _LEAST, _MOST = 8 << 20, 16, 256
 _LONGEST_ID = 200
 _ENTROPY_MIN = TALLY_COLUMNS.index("entropy_min")
 

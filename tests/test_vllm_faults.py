@@ -45,7 +45,7 @@ class House:
         self.disk = tmp / "disk"
         self.disk.mkdir()
         # Root may mount one; elsewhere the test that fills it is skipped.
-        mount = ["mount", "-t", "tmpfs", "-o", "size=4m,mode=0700", "tmpfs", str(self.disk)]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=16m,mode=0700", "tmpfs", str(self.disk)]
         try:
             self.small = subprocess.run(mount, capture_output=True).returncode == 0
         except OSError:

@@ -6,6 +6,7 @@ With real graphs on a GPU: ``tests/test_stamps.py`` and ``benchmarks/gpu/latency
 from __future__ import annotations
 
 import logging
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -171,9 +172,13 @@ def block(driver: FakeDriver, clock: DeviceClock, layer: int, slow: int = 0, gat
     driver.kernel("attention", 9_000)
 
 
-def captured(driver: FakeDriver, clock: DeviceClock, key=("FULL", 8), gate: str = "nvjet_gate") -> Graph:
+def captured(driver: FakeDriver, clock: DeviceClock, key=("FULL", 8), gate: str = "nvjet_gate", beside=False) -> Graph:
+    """``beside``: one more graph of the same capture."""
     graph = Graph(driver)
-    clock.before_capture()
+    if beside:
+        clock.capturing = True
+    else:
+        clock.before_capture()
     driver.begin_capture()
     for layer in range(LAYERS):
         block(driver, clock, layer, gate=gate)
@@ -317,15 +322,7 @@ def test_a_twin_that_cannot_be_launched_costs_a_sample_and_no_pass():
 
 def test_a_graph_whose_twin_the_driver_refuses_is_timed_as_a_whole_and_the_others_are_not():
     driver, clock = made()
-    first, second = captured(driver, clock), Graph(driver)
-    clock.capturing = True
-    driver.begin_capture()
-    for layer in range(LAYERS):
-        block(driver, clock, layer)
-    clock.note_end()
-    clock.end_of_graph(second, ("FULL", 16), whole=True)
-    second.executable = driver.end_capture()
-    clock.after_capture()
+    first, second = captured(driver, clock), captured(driver, clock, ("FULL", 16), beside=True)
     instantiate, graphs = driver.instantiate, set(driver.graphs)
 
     def refuse_once(graph):
@@ -368,6 +365,32 @@ def test_a_graph_that_is_met_again_while_its_twin_is_made_ready_gets_one_twin():
     assert clock.table.arrays["layer"][0, -1].sum() == 1, "the last pass, with the twin"
 
 
+def test_letting_go_does_not_wait_for_a_driver_that_hangs(monkeypatch):
+    """It may be the thread that runs the model. What is being made ready is never launched."""
+    monkeypatch.setattr(device_clock, "_LET_GO", 0.05)
+    driver, clock = made()
+    graph = captured(driver, clock)
+    instantiate, begun, ends = driver.instantiate, threading.Event(), threading.Event()
+
+    def hang(clone):
+        begun.set()
+        assert ends.wait(10)
+        return instantiate(clone)
+
+    driver.instantiate = hang
+    run(clock, graph.replay, 1, ("FULL", 8))
+    publisher = threading.Thread(target=clock.collect)
+    publisher.start()
+    assert begun.wait(10)
+    clock.close()  # comes back
+    assert publisher.is_alive()
+    ends.set()
+    publisher.join(10)
+    driver.ran = []
+    graph.replay()
+    assert len(driver.ran) == 7 * LAYERS + 1, "the graph itself"
+
+
 def test_refused_twins_are_counted_and_said_once(caplog):
     from moe_monitor.capture.vllm.latency import Timing
 
@@ -387,15 +410,7 @@ def test_refused_twins_are_counted_and_said_once(caplog):
 
 def test_no_more_twins_than_device_memory_is_set_aside_for(monkeypatch):
     driver, clock = made()
-    first, second = captured(driver, clock), Graph(driver)
-    clock.capturing = True
-    driver.begin_capture()
-    for layer in range(LAYERS):
-        block(driver, clock, layer)
-    clock.note_end()
-    clock.end_of_graph(second, ("FULL", 16), whole=True)
-    second.executable = driver.end_capture()
-    clock.after_capture()
+    first, second = captured(driver, clock), captured(driver, clock, ("FULL", 16), beside=True)
     monkeypatch.setattr(device_clock, "_MOST_NODES", 1)  # enough for one
     for number in range(1, 5):
         graph, key = ((first, ("FULL", 8)), (second, ("FULL", 16)))[number % 2 == 0]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from boards import FakeWorker
+from stretches import Stretches
 
 from moe_monitor.capture.vllm import frontend
 from moe_monitor.export.collector import MoeCollector
@@ -203,25 +204,15 @@ def test_no_stretch_of_a_large_scrape_keeps_the_event_loop_waiting(
 
     In processor time of the scraping thread, so that a busy machine does not matter.
     """
-    stretches: list[float] = []
-    last = 0.0
-
-    def pause() -> None:
-        nonlocal last
-        stretches.append(time.thread_time() - last)
-        last = time.thread_time()
-
-    monkeypatch.setattr("moe_monitor.export.collector.let_others", pause)
+    stretches = Stretches()
+    monkeypatch.setattr("moe_monitor.export.collector.let_others", stretches.pause)
     large: dict[str, Any] = {"layers": tuple(range(58)), "experts": 256, "tokens": 200, "server": "s", "traced": True}
     workers = [FakeWorker(tmp_path / "run", name=f"s.{i}.0", engine=str(i), **large) for i in range(8)]
     collector = MoeCollector(tmp_path / "run", server="s", max_series=2048, gentle=True)
     collector.render()  # makes the text of names and labels
-    stretches.clear()
-    last = begun = time.thread_time()
+    stretches.begin()
     collector.render()
-    whole = time.thread_time() - begun
-    pause()
-    print(f"{1000 * whole:.0f} ms in {len(stretches)} stretches, the longest {1000 * max(stretches):.1f} ms")
-    assert max(stretches) < 0.010
+    stretches.end()
+    assert max(stretches.found) < 0.010
     for worker in workers:
         worker.board.close()

@@ -38,6 +38,8 @@ _LAYERS = 5
 _BETWEEN = 0.88
 #: Sampled passes on their way to the host.
 _RING = 8
+#: Whoever lets go of all twins waits at most so long for the one that is being made ready, in seconds.
+_LET_GO = 1.0
 #: No more twins are made ready once they have so many nodes. One takes about 3.8 KB of device memory (H100).
 _MOST_NODES = 2_200
 #: Device memory that twins may take, MiB.
@@ -357,9 +359,16 @@ class DeviceClock:
         self.sampling = False
         with self._lock:
             self._wanted.clear()
-        with self._making:  # what is being made ready is let go of afterwards
-            groups, self._groups, self._nodes = self._groups, {}, 0
+        groups, self._groups, self._nodes = self._groups, {}, 0
+        for group in groups.values():
+            group.ready, group.refused = False, True
+        # This may be the thread that runs the model: should the driver hang, the twins are left where they are.
+        if not self._making.acquire(timeout=_LET_GO):
+            return
+        try:
             for group in groups.values():
-                group.ready, group.refused = False, True
+                group.ready = False  # what was being made ready
                 for twin in group.twins:
                     twin.close()
+        finally:
+            self._making.release()

@@ -2,7 +2,7 @@
 
 end_to_end.py [--arms off,on,all,vllm] [--concurrency 1,32,128] [--rounds 6] [--deadline-s 570]
               [--cpus 0-15] [--awake-file FILE] [--seldom vllm:4]
-end_to_end.py --read FILE           the summary once more, from the RUN lines of an earlier output
+end_to_end.py --read FILE...        the summary once more, from the RUN lines of earlier outputs, and of all together
 end_to_end.py --startup-pairs 4     seconds from the start to /health, off and on in turn, over one warm compile cache
 
 Arms: off (MOE_MONITOR_ENABLED=0), on (defaults: 10 % of requests traced), all (every request traced), vllm (no monitor,
@@ -64,7 +64,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--deadline-s", type=float, default=570, help="of the whole script, from its start")
     parser.add_argument("--startup-pairs", type=int, default=0)
-    parser.add_argument("--read", type=Path, help="an earlier output; nothing is run")
+    parser.add_argument("--read", type=Path, nargs="+", help="earlier outputs; nothing is run")
     parser.add_argument("--gpu", default="0")
     parser.add_argument("--family", default="olmoe")
     parser.add_argument("--input-len", type=int, default=64)
@@ -170,6 +170,7 @@ class Results:
                     ]
                     if arm != "off" and pairs:
                         row[metric]["of_off"] = _mean_ratio(pairs)
+                        row[metric]["untrimmed"] = _mean_ratio(pairs, trim=0)
                         row[metric]["ratio_median"] = round(statistics.median(pairs), 4)
                         row[metric]["ratio_range"] = [round(min(pairs), 4), round(max(pairs), 4)]
                 host = [values["host_us_per_step"] for values in mine if values["host_us_per_step"] is not None]
@@ -179,13 +180,13 @@ class Results:
         return rows
 
 
-def _mean_ratio(pairs: list[float]) -> list[float]:
+def _mean_ratio(pairs: list[float], trim: float = 0.2) -> list[float]:
     """Geometric mean of the middle three fifths, and its standard error: now and then a machine stands still for a
     moment, which says nothing of an arm. Error of a trimmed mean after Yuen (Biometrika 61, 1974): from the deviation
     of the values with what is trimmed replaced by the last that is not. NaN for a single pair.
     """
     logs = sorted(math.log(ratio) for ratio in pairs)
-    cut = len(logs) // 5
+    cut = int(len(logs) * trim)
     kept = logs[cut : len(logs) - cut]
     replaced = [kept[0]] * cut + kept + [kept[-1]] * cut
     error = statistics.stdev(replaced) / (len(kept) / len(logs) * len(logs) ** 0.5) if len(logs) > 1 else math.nan
@@ -193,14 +194,28 @@ def _mean_ratio(pairs: list[float]) -> list[float]:
     return [round(ratio, 4), round(ratio * error, 4)]
 
 
-def read_again(path: Path) -> None:
-    """Print the summary of an earlier output."""
-    runs = [json.loads(line[4:]) for line in path.read_text().splitlines() if line.startswith("RUN {")]
-    results = Results(list(dict.fromkeys(run["arm"] for run in runs)))
-    for run in runs:
-        results.add(run["concurrency"], run.get("awake", False), run["round"], run["arm"], run)
-    for row in results.lines():
-        say("E2E", **row)
+def read_again(paths: list[Path]) -> None:
+    """Print the summaries of earlier outputs, and (TOGETHER) the means of all, weighted by the inverse square of their
+    errors.
+    """
+    found: dict[tuple[Any, ...], list[list[float]]] = {}
+    for path in paths:
+        runs = [json.loads(line[4:]) for line in path.read_text().splitlines() if line.startswith("RUN {")]
+        results = Results(list(dict.fromkeys(run["arm"] for run in runs)))
+        for run in runs:
+            results.add(run["concurrency"], run.get("awake", False), run["round"], run["arm"], run)
+        for row in results.lines():
+            say("E2E", file=path.name, **row)
+            for metric in METRICS:
+                if "of_off" in row[metric] and row["runs"] > 1:
+                    key = (row["awake"], row["concurrency"], row["arm"], metric)
+                    found.setdefault(key, []).append(row[metric]["of_off"])
+    for (awake, concurrency, arm, metric), means in found.items():
+        weights = [1 / error**2 for _, error in means]
+        logs = [math.log(mean) for mean, _ in means]
+        mean = math.exp(sum(w * x for w, x in zip(weights, logs, strict=True)) / sum(weights))
+        together = [round(mean, 4), round(sum(weights) ** -0.5, 4)]
+        say("TOGETHER", awake=awake, concurrency=concurrency, arm=arm, metric=metric, of_off=together, files=len(means))
 
 
 def hooks(server: Server) -> tuple[float, float]:

@@ -53,6 +53,15 @@ def nothing(*_: Any) -> int:
     return 0
 
 
+class NoSender:
+    """Stands for the way to the device."""
+
+    copy = write = staticmethod(nothing)
+
+    def can_write(self, _: torch.Tensor) -> bool:
+        return True
+
+
 def launcher(meter: CudaMeter, tallies: DeviceTallies) -> Launcher:
     """As on a GPU, with nothing behind it."""
     made = Launcher(
@@ -97,6 +106,7 @@ def capture_of(ratio: float, descriptors: list[BatchDescriptor], *, sealed: bool
     meter._device, meter._pinned, meter._stream = torch.device("cpu"), False, None
     meter._rows = torch.zeros((LAYERS, meter.layout.width), dtype=torch.int64)
     meter._launcher = launcher(meter, tallies)
+    meter._sender = NoSender()
     meter._set_up_inside(1 << 15)
     meter.clean = sealed  # as after a pass on a GPU
     for descriptor in descriptors:

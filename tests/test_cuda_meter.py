@@ -7,6 +7,7 @@ A graph replay writes new values into the memory that capture saw; here the test
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import subprocess
@@ -22,6 +23,7 @@ torch = pytest.importorskip("torch")
 
 from moe_monitor.capture import kernels  # noqa: E402 - needs torch
 from moe_monitor.capture.ahead import compile_beside  # noqa: E402
+from moe_monitor.capture.control import Control  # noqa: E402
 from moe_monitor.capture.cuda import CudaMeter  # noqa: E402
 from moe_monitor.capture.meter import accumulate  # noqa: E402
 from moe_monitor.capture.retained import Span  # noqa: E402
@@ -293,6 +295,51 @@ def test_what_changes_between_replays_is_sent_and_nothing_else() -> None:
     assert np.diff(sent).tolist() == [0, 1, 1]
     device.check()
     device.check_requests([0, 1, 2])
+
+
+class MemorySender:
+    """The way to a device that is this process's own memory."""
+
+    def __init__(self, writes: bool) -> None:
+        self.writes, self.sent = writes, []
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        self.sent.append(size)
+        ctypes.memmove(target, source, size)
+
+    def write(self, target: int, value: int) -> None:
+        self.sent.append("word")
+        ctypes.c_int32.from_address(target).value = value
+
+    def can_write(self, place) -> bool:
+        return self.writes
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_the_short_way_to_the_device_sends_what_torch_does_and_no_more(writes: bool) -> None:
+    sender, codes = MemorySender(writes), np.arange(40, dtype=np.int32)
+    by_torch, by_driver = (Control(torch.device("cpu"), 100, 4, way) for way in (None, sender))
+    for told in [(7,), (7,), (30, codes), (30, codes), (12, codes, 5, 28), (12, None, 5, 28), (0,)]:
+        for control in (by_torch, by_driver):
+            control.tell(*told)
+        assert by_driver.head.tolist() == [told[0], len(told) > 1 and told[1] is not None]
+        assert torch.equal(by_driver.head, by_torch.head) and torch.equal(by_driver.owners, by_torch.owners)
+    assert by_driver.owners[5:17].tolist() == list(range(28, 40))
+    head = ["word"] if writes else [8]
+    rows = [4 * (64 + 30), 4 * (64 + 5 + 12)]
+    assert sender.sent == [*head, *rows, *(head * 2 if writes else head), *head], "what has not changed is not sent"
+    with pytest.raises(ValueError, match="40 rows are attributed to requests, the router saw 41"):
+        by_driver.tell(13, codes, 0, 28)
+
+
+@interpreted
+def test_a_pass_without_a_graph_is_counted_by_the_short_way_too() -> None:
+    device = Device()
+    device.warm_up(8)
+    device.meter._sender = MemorySender(True)
+    assert device.eager(5) and device.eager(3, rows=8)
+    assert device.meter._sender.sent == [LAYERS * 16] * 2
+    device.check()
 
 
 @interpreted

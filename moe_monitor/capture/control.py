@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_monitor.capture.sending import Sender
 from moe_monitor.capture.tallies import Codes
 
 #: int32 places of the head: number of tokens, whether requests are traced; rows begin at an aligned address.
@@ -23,21 +23,27 @@ _RING = 16
 
 
 class Control:
-    """``head`` int32 [2], ``owners`` int32 [rows] and a table of ``addresses`` pairs on the device; the way there."""
+    """``head`` int32 [2], ``owners`` int32 [rows] and a table of ``addresses`` pairs on the device; the way there.
+
+    ``sender``: the short way; None: torch's copies. The device's current stream must not be under capture.
+    """
 
     @torch.inference_mode(False)
-    def __init__(self, device: torch.device, rows: int, addresses: int) -> None:
+    def __init__(self, device: torch.device, rows: int, addresses: int, sender: Sender | None = None) -> None:
         self.rows = rows
         pinned = device.type == "cuda"
         self._host = torch.zeros((_RING, _HEAD + rows), dtype=torch.int32, pin_memory=pinned)
         self._device = torch.zeros(_HEAD + rows, dtype=torch.int32, device=device)
+        #: Places of the ring: as numpy, and where they lie.
+        self._places = [(place.numpy(), place.data_ptr()) for place in self._host]
+        self._target = self._device.data_ptr()
+        self._sender = sender
+        self._writes = sender is not None and sender.can_write(self._device)
         self.head, self.owners = self._device[:2], self._device[_HEAD:]
         self._tokens = 0
         self._codes: Codes | None = None
         self._start = self._skip = 0
         self._at = 0
-        #: Length sent -> (host as numpy, host, device) by place of the ring: slicing takes its time.
-        self._views: dict[int, list[tuple[NDArray[np.int32], Tensor, Tensor]]] = {}
         self._table = torch.zeros((addresses, 2), dtype=torch.int64, device=device)
         self._table_host = np.zeros((addresses, 2), dtype=np.int64)
         self._reserved = self._uploaded = 0
@@ -68,19 +74,26 @@ class Control:
             self._upload()
         if tokens == self._tokens and codes is self._codes and start == self._start and skip == self._skip:
             return
+        if codes is None and self._writes:
+            assert self._sender is not None
+            if self._codes is not None:
+                self._sender.write(self._target + 4, 0)
+            self._sender.write(self._target, tokens)
+        else:
+            self._copy(tokens, codes, start, skip)
+        self._tokens, self._codes, self._start, self._skip = tokens, codes, start, skip
+
+    def _copy(self, tokens: int, codes: Codes | None, start: int, skip: int) -> None:
         self._at = at = (self._at + 1) % _RING
+        values, source = self._places[at]
+        values[0], values[1] = tokens, codes is not None
         size = 2
         if codes is not None:
             if skip + tokens > len(codes):
                 raise ValueError(f"{len(codes)} rows are attributed to requests, the router saw {skip + tokens}")
-            size = min(_HEAD + self.rows, _HEAD + max(64, 1 << (start + tokens - 1).bit_length()))
-        views = self._views.get(size)
-        if views is None:
-            host, device = self._host[:, :size], self._device[:size]
-            views = self._views[size] = [(host[i].numpy(), host[i], device) for i in range(_RING)]
-        values, source, target = views[at]
-        values[0], values[1] = tokens, codes is not None
-        if codes is not None:
-            values[_HEAD + start : _HEAD + start + tokens] = codes[skip : skip + tokens]
-        target.copy_(source, non_blocking=True)
-        self._tokens, self._codes, self._start, self._skip = tokens, codes, start, skip
+            size = _HEAD + start + tokens
+            values[_HEAD + start : size] = codes[skip : skip + tokens]
+        if self._sender is not None:
+            self._sender.copy(self._target, source, size * values.itemsize)
+        else:
+            self._device[:size].copy_(self._host[at, :size], non_blocking=True)

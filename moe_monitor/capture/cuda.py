@@ -29,6 +29,7 @@ from moe_monitor.capture.ahead import PATIENCE, compile_beside
 from moe_monitor.capture.control import Control
 from moe_monitor.capture.kernels import Launcher
 from moe_monitor.capture.retained import Retained, Span, checksum
+from moe_monitor.capture.sending import Sender, sender
 from moe_monitor.capture.tallies import Codes, DeviceTallies
 from moe_monitor.layout import RowLayout
 
@@ -82,11 +83,14 @@ class CudaMeter:
         self._suspects: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self._is_capturing = is_capturing
         self._control: Control | None = None
+        self._sender: Sender | None = None
         #: The sealed graph that was replayed in this pass.
         self.counted: Retained | None = None
         #: Whether graphs are sealed whose routers see other ranks' rows, or a part of this one's. They are counted
         #: after their replays: sealed they were seen to count right in Triton's interpreter only.
         self.seals_shards = False
+        #: Whether every graph counts by itself, so that nobody needs to know which one is replayed.
+        self.all_sealed = False
         #: The key under which layers were seen since a capture last ended.
         self._seen_in: Hashable | None = None
         #: What the last replay was of, and told; None after one that did not count.
@@ -137,12 +141,17 @@ class CudaMeter:
             self._compiling.join(PATIENCE)
         launcher.warm_up()
         self._unsafe = torch.zeros((), dtype=torch.bool, device=device)
+        self._sender = sender(device)
         # Triton's interpreter runs all this on a CPU, for tests
         self._pinned = device.type == "cuda"
         self._host_rows = torch.empty_like(self._rows, device="cpu", pin_memory=self._pinned)
         self._ring = torch.empty((_RING, layers, 2), dtype=torch.int64, pin_memory=self._pinned)
-        self._ring_numpy = self._ring.numpy()
         self._ring_device = torch.empty((_RING, layers, 2), dtype=torch.int64, device=device)
+        #: Places of the ring: on the host as numpy, where they lie there, on the device and where they lie there.
+        self._ring_places = [
+            (host.numpy(), host.data_ptr(), there, there.data_ptr())
+            for host, there in zip(self._ring, self._ring_device, strict=True)
+        ]
         self._ring_at = 0
         if self.capture == "ingraph":
             self._set_up_inside(0)
@@ -151,7 +160,7 @@ class CudaMeter:
     @torch.inference_mode(False)
     def _set_up_inside(self, rows: int) -> None:
         """What kernels inside graphs of up to ``rows`` rows read: made before the capture, out of the graphs' pool."""
-        self._control = Control(self._device, rows, _GRAPHS * len(self.layers))
+        self._control = Control(self._device, rows, _GRAPHS * len(self.layers), self._sender)
 
     # what the routers say
 
@@ -164,13 +173,19 @@ class CudaMeter:
         """One layer's decision. ``key`` names the graph being captured; it is not looked at otherwise."""
         if self._is_capturing():
             self._capturing(layer, logits, ids, key, span)
-            return
+        elif self.valid:
+            self.collect(layer, logits, ids, span)
+        else:
+            self.clean = False
+            if self._launcher is None:
+                self._set_up(logits, ids)
+            self._suspect(layer, logits, ids)
+
+    def collect(self, layer: int, logits: Tensor, ids: Tensor, span: Span) -> None:
+        """One layer's decision in a real pass, in which no graph is captured."""
         self.clean = False
         if self._launcher is None:
             self._set_up(logits, ids)
-        if self.valid == 0:
-            self._suspect(layer, logits, ids)
-            return
         if layer in self._pending or layer in self._done:
             raise RuntimeError(f"layer {self.layers[layer]} was routed twice in one pass")
         if self.fallback:
@@ -286,7 +301,7 @@ class CudaMeter:
         Waits for the device.
         """
         self._graphs.clear()
-        self._told, self.clean = None, False
+        self._told, self.clean, self.all_sealed = None, False, False
         if self._launcher is None or self.capture == "ingraph":
             return
         self._acquit()
@@ -302,6 +317,10 @@ class CudaMeter:
                 raise RuntimeError(f"MOE_MONITOR_CAPTURE=retain is not possible: {self.fallback}")
             self.capture = "ingraph"
         self._set_up_inside(most)
+
+    def after_capture(self) -> None:
+        """All graphs are captured."""
+        self.all_sealed = bool(self._graphs) and all(graph.sealed for graph in self._graphs.values())
 
     # the step
 
@@ -382,22 +401,28 @@ class CudaMeter:
         assert self._launcher is not None
         layers = sorted(self._pending)
         first_logits, first_ids, span = self._pending[layers[0]]
-        self._ring_at = (self._ring_at + 1) % _RING
-        host, device = self._ring_numpy[self._ring_at], self._ring_device[self._ring_at]
-        for i, layer in enumerate(layers):
+        strides = first_logits.stride(), first_ids.stride()
+        addresses = []
+        for layer in layers:
             logits, ids, at = self._pending[layer]
-            if logits.stride() != first_logits.stride() or ids.stride() != first_ids.stride() or at != span:
+            if (logits.stride(), ids.stride()) != strides or (at is not span and at != span):
                 raise RuntimeError("the layers' routers differ in form within one pass")
-            host[i] = logits.data_ptr(), ids.data_ptr()
+            addresses.append((logits.data_ptr(), ids.data_ptr()))
         n = len(layers)
-        device[:n].copy_(self._ring[self._ring_at, :n], non_blocking=True)
+        self._ring_at = (self._ring_at + 1) % _RING
+        host, source, device, target = self._ring_places[self._ring_at]
+        host[:n] = addresses
+        if self._sender is not None:
+            self._sender.copy(target, source, host[:n].nbytes)
+        else:
+            device[:n].copy_(self._ring[self._ring_at, :n], non_blocking=True)
         whole = n == len(self.layers)
         self._launcher.launch(
             device[:n],
             span.valid(tokens),
             row_start=span.start,
             row_of=None if whole else torch.tensor(layers, dtype=torch.int32).to(self._device, non_blocking=True),
-            strides=(first_logits.stride(0), first_ids.stride(0)),
+            strides=(strides[0][0], strides[1][0]),
             slot_of_row=self._owners(span, span.valid(tokens)),
         )
         self._done.update(layers)

@@ -1,4 +1,5 @@
-"""The few functions of the CUDA driver that torch does not offer: looking into a captured graph, and adding to a copy.
+"""The few functions of the CUDA driver that torch does not offer, or only by a long way: looking into a captured graph,
+adding to a copy, sending a few bytes.
 
 Called through ctypes: libcuda is there wherever CUDA is. Structures and signatures are those of ``cuda.h`` since CUDA
 12.4 (driver 550); where the driver is older or a symbol is missing, :func:`load` raises DriverError.
@@ -48,6 +49,8 @@ _SYMBOLS: dict[str, tuple[Any, ...]] = {
     "cuModuleLoadData": (POINTER(c_void_p), c_char_p),
     "cuModuleGetFunction": (POINTER(c_void_p), c_void_p, c_char_p),
     "cuLaunchKernel": (c_void_p, *[c_uint] * 7, c_void_p, POINTER(c_void_p), POINTER(c_void_p)),
+    "cuMemcpyHtoDAsync_v2": (c_ulonglong, c_void_p, c_size_t, c_void_p),
+    "cuStreamWriteValue32_v2": (c_void_p, c_ulonglong, c_uint, c_uint),
     "cuStreamGetCaptureInfo_v3": (
         c_void_p,
         POINTER(c_int),
@@ -131,6 +134,14 @@ class Driver:
         value = c_ulonglong(argument)
         params = (c_void_p * 1)(ctypes.addressof(value))
         self._call("cuLaunchKernel", function, 1, 1, 1, 1, 1, 1, 0, stream, params, None)
+
+    def copy_in(self, target: int, source: int, size: int, stream: int) -> None:
+        """Queue a copy of ``size`` bytes from pinned host memory to the device."""
+        self._call("cuMemcpyHtoDAsync_v2", target, source, size, stream)
+
+    def write(self, target: int, value: int, stream: int) -> None:
+        """Queue the writing of one 32-bit word, by the stream itself rather than by a kernel or a copy engine."""
+        self._call("cuStreamWriteValue32_v2", stream, target, value, 0)
 
     # graphs under capture
 

@@ -56,8 +56,12 @@ def wish(extra_args: Mapping[str, Any] | None) -> bool | None:
 
 def chosen(request_id: str, ratio: float) -> bool:
     """Whether chance picks this request: a hash, so that all ranks agree. Sequences of one request share their fate."""
-    name = _SIBLING.sub("", request_id).encode("utf-8", "replace")
-    return int.from_bytes(blake2b(name, digest_size=8).digest(), "big") < ratio * 2.0**64
+    if ratio <= 0:
+        return False
+    if request_id[:1].isdigit():  # rarely; the pattern alone would take as long as the rest
+        request_id = _SIBLING.sub("", request_id)
+    digest = blake2b(request_id.encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < ratio * 2.0**64
 
 
 @dataclass
@@ -118,6 +122,12 @@ class Tracer:
 
     # the thread that runs the model
 
+    def concerns(self, request_id: str, extra_args: Mapping[str, Any] | None) -> bool:
+        """Whether :meth:`step` must be told of a request that is scheduled: of most it need not."""
+        if request_id in self._live or (extra_args is not None and WISH in extra_args):
+            return True
+        return chosen(request_id, self._ratio)
+
     def step(
         self,
         new: Iterable[New],
@@ -125,7 +135,7 @@ class Tracer:
         finished: Collection[str],
         scheduled: Collection[str],
     ) -> None:
-        """What the scheduler decided for the coming step, with or without a pass."""
+        """What the scheduler decided for the coming step, with or without a pass. ``new``: those that it concerns."""
         self._store.set_rows(None)  # until :meth:`rows` says more
         if self._live:
             if preempted or finished:

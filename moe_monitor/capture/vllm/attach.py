@@ -44,11 +44,14 @@ logger = logging.getLogger("vllm.moe_monitor")
 Routing = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
+def _extra_args(request: Any) -> Any:
+    return None if request.sampling_params is None else request.sampling_params.extra_args
+
+
 def _new(request: Any) -> New:
-    extra_args = None if request.sampling_params is None else request.sampling_params.extra_args
     prompt = request.prompt_token_ids
     length = len(request.prompt_embeds) if prompt is None else len(prompt)
-    return New(request.req_id, length, request.num_computed_tokens, extra_args)
+    return New(request.req_id, length, request.num_computed_tokens, _extra_args(request))
 
 
 class Capture:
@@ -280,16 +283,27 @@ class Capture:
 
     def observe_cuda(self, layer: int, logits: torch.Tensor, ids: torch.Tensor) -> None:
         """A router has decided, on CUDA; called while a graph is captured and in passes without a graph."""
-        if self.fuse.blown or not isinstance(self.meter, CudaMeter):
+        meter = self.meter
+        if self.fuse.blown or not isinstance(meter, CudaMeter):
             return
-        with self.fuse.guard("record", serving=self.meter.valid > 0):
+        if meter.valid:  # the guard, and asking whether a graph is captured, would take most of the time
+            start = time.perf_counter()
+            try:
+                if layer == 0:
+                    graph_key()  # for what it refuses
+                meter.collect(layer, logits, ids, self._parallel.span(logits.shape[0]))
+            except Exception as error:
+                self.fuse.blow("record", error)
+            self.fuse.status.hook_seconds += time.perf_counter() - start
+            return
+        with self.fuse.guard("record", serving=False):
             key = None
-            if self.meter.capturing:
+            if meter.capturing:
                 key = graph_key()
                 key = self.capturing if key is None else key
             elif layer == 0:
-                graph_key()  # for what it refuses
-            self.meter.observe(layer, logits, ids, key, self._parallel.span(logits.shape[0]))
+                graph_key()
+            meter.observe(layer, logits, ids, key, self._parallel.span(logits.shape[0]))
 
     def begin_step(self, scheduled: Any) -> None:
         """The scheduler has decided on a step, with or without a pass; ``scheduled`` is its output."""
@@ -300,17 +314,20 @@ class Capture:
         tracer = self.tracer
         if tracer is None:
             return
+        start = time.perf_counter()
         try:
             fresh, finished = scheduled.scheduled_new_reqs, scheduled.finished_req_ids
             preempted = scheduled.preempted_req_ids
-        except AttributeError as error:
+            new = [r for r in fresh if tracer.concerns(r.req_id, _extra_args(r))] if fresh else []
+        except Exception as error:
             self.fuse.blow("requests", error)
             return
-        if not fresh and (tracer.idle or not (finished or preempted)):
+        if fresh:
+            self.fuse.status.hook_seconds += time.perf_counter() - start
+        if not new and (tracer.idle or not (fresh or finished or preempted)):
             return
         with self.fuse.guard("requests"):
-            new = [_new(request) for request in fresh]
-            tracer.step(new, preempted or (), finished, scheduled.num_scheduled_tokens)
+            tracer.step([_new(request) for request in new], preempted or (), finished, scheduled.num_scheduled_tokens)
 
     def trace_rows(self, batch: Any, scheduled: Any, computed: str, tokens: int | None = None) -> None:
         """Whose the rows of the coming pass are. ``batch`` is the model runner's, ``scheduled`` tokens by request id,
@@ -344,7 +361,8 @@ class Capture:
 
     def note_graph(self) -> None:
         """A piecewise graph is about to be replayed or captured within this forward context."""
-        if self.fuse.blown:
+        meter, timing = self.meter, self.timing
+        if self.fuse.blown or (isinstance(meter, CudaMeter) and meter.all_sealed and not (timing and timing.sampling)):
             return
         with self.fuse.guard("record"):
             self.replayed = graph_key()
@@ -401,8 +419,10 @@ class Capture:
         meter = self.meter
         if self.fuse.blown or not isinstance(meter, CudaMeter):
             return
-        with self.fuse.guard("record"):
+        try:
             meter.valid = int(batch.num_tokens)
+        except Exception as error:
+            self.fuse.blow("record", error)
 
     def before_capture(self, config: Any) -> None:
         """vLLM is about to capture CUDA graphs; ``config`` is its compilation config."""

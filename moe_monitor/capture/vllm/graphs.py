@@ -53,6 +53,8 @@ def capturing(capture: Capture) -> Iterator[None]:
         yield
     finally:
         torch.cuda.CUDAGraph.capture_end = original  # type: ignore[method-assign]
+        if isinstance(capture.meter, CudaMeter):
+            capture.meter.after_capture()
         if timing is not None:
             timing.after_graphs()
 

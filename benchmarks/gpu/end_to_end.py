@@ -1,7 +1,7 @@
 """End to end on one GPU: ``vllm bench serve`` against servers with and without the monitor, paired and rotating.
 
 end_to_end.py [--arms off,on,all,vllm] [--concurrency 1,32,128] [--rounds 6] [--deadline-s 570]
-              [--cpus 0-15] [--awake-file FILE] [--seldom vllm:4]
+              [--cpus 0-15] [--awake-file FILE] [--seldom vllm:4] [--prompts 1:64:16,32:256] [--range-ratio 0.5]
 end_to_end.py --read FILE...        the summary once more, from the RUN lines of earlier outputs, and of all together
 end_to_end.py --startup-pairs 4     seconds from the start to /health, off and on in turn, over one warm compile cache
 
@@ -15,6 +15,9 @@ over seconds, and a pair of one round has most of it in common.
 Prints a JSON line per measurement (RUN) and one per concurrency and arm (E2E) with medians, range, and the (trimmed,
 geometric) mean of the ratios to "off" of the same round with its standard error (of_off); what there is by the deadline
 is printed, and the servers are stopped in any case.
+
+--prompts and --range-ratio: with many requests of few tokens, and of lengths that differ, the time to first token is
+that of requests which come while others are served, one by one. With equal lengths they end and begin all together.
 
 --cpus: API servers run on the first quarter of these, engines on the next half, the client on the rest, so that the
 kernel's moving of processes adds no noise. --awake-file: while it exists these CPUs do not sleep (threads of the idle
@@ -60,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default="off,on,all,vllm")
     parser.add_argument("--concurrency", default="1,32,128")
-    parser.add_argument("--prompts", default=PROMPTS, help="CONCURRENCY:REQUESTS of one measurement")
+    parser.add_argument("--prompts", default=PROMPTS, help="CONCURRENCY:REQUESTS[:OUTPUT_LEN] of one measurement")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--deadline-s", type=float, default=570, help="of the whole script, from its start")
     parser.add_argument("--startup-pairs", type=int, default=0)
@@ -69,6 +72,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--family", default="olmoe")
     parser.add_argument("--input-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--range-ratio", type=float, default=0.0, help="lengths are 1 - R to 1 + R of these")
     parser.add_argument("--kv-bytes", type=int, default=3_500_000_000, help="KV cache of each server, the same for all")
     parser.add_argument("--memory", default="0.2", help="--gpu-memory-utilization: what must be free at the start")
     parser.add_argument("--max-num-seqs", type=int, default=128)
@@ -86,7 +90,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if missing := {SHARED[arm][0] for arm in args.arms if arm in SHARED} - set(args.arms):
         parser.error(f"these arms are needed too: {sorted(missing)}")
     args.seldom = {arm: int(n) for arm, n in (pair.split(":") for pair in filter(None, args.seldom.split(",")))}
-    args.prompts = {int(c): int(n) for c, n in (pair.split(":") for pair in args.prompts.split(","))}
+    shapes = [[int(n) for n in shape.split(":")] for shape in args.prompts.split(",")]
+    args.prompts = {shape[0]: (shape[1], shape[2] if len(shape) > 2 else args.output_len) for shape in shapes}
     args.concurrency = [int(c) for c in args.concurrency.split(",")]
     if missing := set(args.concurrency) - set(args.prompts):
         parser.error(f"--prompts says nothing of concurrency {sorted(missing)}")
@@ -122,13 +127,16 @@ class Client:
         self._main = serve.main_async
         self._parser = FlexibleArgumentParser()
         serve.add_cli_args(self._parser)
-        self._lengths = ["--random-input-len", str(args.input_len), "--random-output-len", str(args.output_len)]
+        self._lengths = ["--random-input-len", str(args.input_len), "--random-range-ratio", str(args.range_ratio)]
         self._folder = folder
 
-    def run(self, port: int, concurrency: int, prompts: int, seed: int, body: dict[str, Any]) -> dict[str, Any]:
+    def run(
+        self, port: int, concurrency: int, prompts: int, output: int, seed: int, body: dict[str, Any]
+    ) -> dict[str, Any]:
         options = ["--model", "m", "--tokenizer", str(self._folder), "--port", str(port), "--dataset-name", "random"]
         options += ["--host", "127.0.0.1", *self._lengths, "--num-prompts", str(prompts), "--temperature", "0"]
         options += ["--max-concurrency", str(concurrency), "--seed", str(seed), "--disable-tqdm", "--ignore-eos"]
+        options += ["--random-output-len", str(output)]
         if body:
             options += ["--extra-body", json.dumps(body)]
         options += ["--ready-check-timeout-sec", "0", "--save-detailed"]  # keeps the errors in the result
@@ -318,11 +326,11 @@ def compare(args: argparse.Namespace, folder: Path, scratch: Path, began: float)
                         continue
                     start = time.monotonic()
                     before = hooks(servers[arm]) if host_time else (0.0, 0.0)
-                    prompts = args.prompts[concurrency]
+                    prompts, output = args.prompts[concurrency]
                     if turn == 0:
                         prompts = max(concurrency, prompts // 4)
                     body = SHARED.get(arm, ("", {}))[1]
-                    values = client.run(servers[arm].port, concurrency, prompts, turn, body)
+                    values = client.run(servers[arm].port, concurrency, prompts, output, turn, body)
                     if host_time:
                         time.sleep(0.6)  # the counters are published twice a second
                     after = hooks(servers[arm]) if host_time else (0.0, 0.0)

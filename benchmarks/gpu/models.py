@@ -110,7 +110,9 @@ def write(folder: Path, family: str = "olmoe") -> Path:
     from transformers import PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(FAMILIES[family], indent=1))
+    config, text = folder / "config.json", json.dumps(FAMILIES[family], indent=1)
+    if config.exists() and config.read_text() == text:  # written last; others may be reading it
+        return folder
     vocabulary = {"<pad>": 0, "<eos>": 1, "<bos>": 2}
     for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary[character] = len(vocabulary)
@@ -118,4 +120,5 @@ def write(folder: Path, family: str = "olmoe") -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    config.write_text(text)
     return folder

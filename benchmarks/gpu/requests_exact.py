@@ -167,6 +167,7 @@ def main() -> None:
         "family": args.family,
         "runner": type(runner).__module__.rsplit(".", 2)[-2],
         "capture": capture.fuse.status.capture,
+        "sealed": [sum(g.sealed for g in capture.meter._graphs.values()), len(capture.meter._graphs)],
         "active": capture.fuse.status.active,
         "reason": capture.fuse.status.reason,
         "options": args.option + ["speculate"] * args.speculate,

@@ -286,15 +286,11 @@ class Capture:
         meter = self.meter
         if self.fuse.blown or not isinstance(meter, CudaMeter):
             return
-        if meter.valid:  # the guard, and asking whether a graph is captured, would take most of the time
-            start = time.perf_counter()
-            try:
+        if meter.valid:  # no graph is captured in a real pass, and asking takes its time
+            with self.fuse.guard("record"):
                 if layer == 0:
                     graph_key()  # for what it refuses
                 meter.collect(layer, logits, ids, self._parallel.span(logits.shape[0]))
-            except Exception as error:
-                self.fuse.blow("record", error)
-            self.fuse.status.hook_seconds += time.perf_counter() - start
             return
         with self.fuse.guard("record", serving=False):
             key = None
@@ -419,10 +415,8 @@ class Capture:
         meter = self.meter
         if self.fuse.blown or not isinstance(meter, CudaMeter):
             return
-        try:
+        with self.fuse.guard("record"):
             meter.valid = int(batch.num_tokens)
-        except Exception as error:
-            self.fuse.blow("record", error)
 
     def before_capture(self, config: Any) -> None:
         """vLLM is about to capture CUDA graphs; ``config`` is its compilation config."""

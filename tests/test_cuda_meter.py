@@ -343,6 +343,34 @@ def test_a_pass_without_a_graph_is_counted_by_the_short_way_too() -> None:
 
 
 @interpreted
+def test_addresses_on_their_way_are_not_overwritten_where_every_layer_sends_its_own() -> None:
+    layers, passes = 24, 4
+    options = {"memory_limit": 64 << 20, "pending_limit": 1, "is_capturing": lambda: False}
+    meter = CudaMeter(range(layers), EXPERTS, TOP_K, "softmax", **options)
+    logits, ids = torch.randn(2, EXPERTS), torch.arange(2 * TOP_K, dtype=torch.int32).reshape(2, TOP_K)
+    meter.observe(0, logits, ids, None, Span())  # a warm-up pass
+    meter._sender, places = MemorySender(True), []
+    meter._sender.copy = lambda target, source, size: (places.append(source), ctypes.memmove(target, source, size))
+    for _ in range(passes):
+        meter.begin_pass(2)
+        for layer in range(layers):
+            meter.observe(layer, logits, ids, None, Span())
+        assert meter.end_pass(None, 2)
+    assert len(places) == len(set(places)) == layers * passes
+    assert meter.layout.column(meter.read_rows(), "tokens").tolist() == [2 * passes] * layers
+
+
+@interpreted
+def test_tokens_that_the_runner_drops_are_not_counted_inside_a_graph_either() -> None:
+    device = Device(forced="ingraph")
+    device.warm_up(8)
+    device.meter.before_capture(rows=16)
+    device.meter.begin_pass(5)
+    device.meter.set_valid(3)
+    assert device.meter._control.head[0].item() == 3
+
+
+@interpreted
 def test_graphs_that_cannot_be_sealed_are_counted_after_their_replays() -> None:
     device = Device()
     device.warm_up(32)

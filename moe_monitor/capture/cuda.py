@@ -33,8 +33,9 @@ from moe_monitor.capture.sending import Sender, sender
 from moe_monitor.capture.tallies import Codes, DeviceTallies
 from moe_monitor.layout import RowLayout
 
-#: Addresses of this many passes without a graph may be on their way to the device at once.
-_RING = 16
+#: Addresses of this many passes without a graph may be on their way to the device at once; a pass sends up to once a
+#: layer.
+_PASSES = 4
 #: Graphs whose addresses kernels inside of them can look up.
 _GRAPHS = 512
 
@@ -145,8 +146,9 @@ class CudaMeter:
         # Triton's interpreter runs all this on a CPU, for tests
         self._pinned = device.type == "cuda"
         self._host_rows = torch.empty_like(self._rows, device="cpu", pin_memory=self._pinned)
-        self._ring = torch.empty((_RING, layers, 2), dtype=torch.int64, pin_memory=self._pinned)
-        self._ring_device = torch.empty((_RING, layers, 2), dtype=torch.int64, device=device)
+        ring = max(16, _PASSES * layers)
+        self._ring = torch.empty((ring, layers, 2), dtype=torch.int64, pin_memory=self._pinned)
+        self._ring_device = torch.empty((ring, layers, 2), dtype=torch.int64, device=device)
         #: Places of the ring: on the host as numpy, where they lie there, on the device and where they lie there.
         self._ring_places = [
             (host.numpy(), host.data_ptr(), there, there.data_ptr())
@@ -212,6 +214,7 @@ class CudaMeter:
         graph = self._graphs.get(key)
         if graph is None or layer in graph.tensors:  # captured anew: the old graph is gone
             graph = self._graphs[key] = Retained(span)
+            self.all_sealed = False
         graph.tensors[layer] = (logits, ids)
         self._seen_in = key
         if self.capture != "ingraph":
@@ -337,6 +340,12 @@ class CudaMeter:
         if self.capture == "ingraph" and self._control is not None:
             self._control.tell(tokens)
 
+    def set_valid(self, tokens: int) -> None:
+        """The pass that has begun has so many tokens, fewer than were scheduled; before its first router."""
+        self.valid = tokens
+        if self.capture == "ingraph" and self._control is not None:
+            self._control.tell(tokens)
+
     def begin_dummy(self) -> None:
         """A pass that must not be counted is about to run."""
         self.valid = 0
@@ -409,7 +418,7 @@ class CudaMeter:
                 raise RuntimeError("the layers' routers differ in form within one pass")
             addresses.append((logits.data_ptr(), ids.data_ptr()))
         n = len(layers)
-        self._ring_at = (self._ring_at + 1) % _RING
+        self._ring_at = (self._ring_at + 1) % len(self._ring_places)
         host, source, device, target = self._ring_places[self._ring_at]
         host[:n] = addresses
         if self._sender is not None:

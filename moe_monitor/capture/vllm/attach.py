@@ -310,20 +310,18 @@ class Capture:
         tracer = self.tracer
         if tracer is None:
             return
-        start = time.perf_counter()
         try:
             fresh, finished = scheduled.scheduled_new_reqs, scheduled.finished_req_ids
             preempted = scheduled.preempted_req_ids
-            new = [r for r in fresh if tracer.concerns(r.req_id, _extra_args(r))] if fresh else []
-        except Exception as error:
+        except AttributeError as error:
             self.fuse.blow("requests", error)
             return
-        if fresh:
-            self.fuse.status.hook_seconds += time.perf_counter() - start
-        if not new and (tracer.idle or not (fresh or finished or preempted)):
+        if not fresh and (tracer.idle or not (finished or preempted)):
             return
         with self.fuse.guard("requests"):
-            tracer.step([_new(request) for request in new], preempted or (), finished, scheduled.num_scheduled_tokens)
+            new = [_new(request) for request in fresh if tracer.concerns(request.req_id, _extra_args(request))]
+            if new or not tracer.idle:
+                tracer.step(new, preempted or (), finished, scheduled.num_scheduled_tokens)
 
     def trace_rows(self, batch: Any, scheduled: Any, computed: str, tokens: int | None = None) -> None:
         """Whose the rows of the coming pass are. ``batch`` is the model runner's, ``scheduled`` tokens by request id,
@@ -416,7 +414,7 @@ class Capture:
         if self.fuse.blown or not isinstance(meter, CudaMeter):
             return
         with self.fuse.guard("record"):
-            meter.valid = int(batch.num_tokens)
+            meter.set_valid(int(batch.num_tokens))
 
     def before_capture(self, config: Any) -> None:
         """vLLM is about to capture CUDA graphs; ``config`` is its compilation config."""

@@ -53,8 +53,9 @@ def capturing(capture: Capture) -> Iterator[None]:
         yield
     finally:
         torch.cuda.CUDAGraph.capture_end = original  # type: ignore[method-assign]
-        if isinstance(capture.meter, CudaMeter):
-            capture.meter.after_capture()
+        with capture.fuse.guard("record", serving=False):
+            if isinstance(capture.meter, CudaMeter):
+                capture.meter.after_capture()
         if timing is not None:
             timing.after_graphs()
 

@@ -36,6 +36,7 @@ from moe_monitor.capture.clock import HostClock, Work
 from moe_monitor.capture.cuda import CudaMeter
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.kernels import Launcher
+from moe_monitor.capture.mailbox import Mailbox
 from moe_monitor.capture.requests import Tracer
 from moe_monitor.capture.retained import Retained, Span
 from moe_monitor.capture.tallies import DeviceTallies
@@ -56,10 +57,17 @@ def nothing(*_: Any) -> int:
 class NoSender:
     """Stands for the way to the device."""
 
-    copy = write = staticmethod(nothing)
+    copy = staticmethod(nothing)
 
-    def can_write(self, _: torch.Tensor) -> bool:
-        return True
+    def address_of(self, pinned: torch.Tensor) -> int:
+        return pinned.data_ptr()
+
+
+class KeepsUp(Mailbox):
+    """Of a device that has begun with all that was posted."""
+
+    def fetch(self) -> None:
+        self._begun[0] = self._posted
 
 
 def launcher(meter: CudaMeter, tallies: DeviceTallies) -> Launcher:
@@ -76,6 +84,7 @@ def launcher(meter: CudaMeter, tallies: DeviceTallies) -> Launcher:
     made._direct = True
     made._handles = tuple(t.data_ptr() for t in made._tensors)
     made._compiled = dict.fromkeys((False, True), (nothing, None, None))
+    tallies._sender = NoSender()  # type: ignore[assignment]
     return made
 
 
@@ -107,12 +116,12 @@ def capture_of(ratio: float, descriptors: list[BatchDescriptor], *, sealed: bool
     meter._rows = torch.zeros((LAYERS, meter.layout.width), dtype=torch.int64)
     meter._launcher = launcher(meter, tallies)
     meter._sender = NoSender()
-    meter._set_up_inside(1 << 15)
+    meter._mailbox = KeepsUp(torch.device("cpu"), 1 << 15, LAYERS, meter._sender)  # type: ignore[arg-type]
     meter.clean = sealed  # as after a pass on a GPU
     for descriptor in descriptors:
         pair = (torch.zeros((8, EXPERTS), dtype=torch.bfloat16), torch.zeros((8, TOP_K), dtype=torch.int32))
         graph = Retained(Span(), dict.fromkeys(range(LAYERS), pair), table=torch.zeros((LAYERS, 2), dtype=torch.int64))
-        graph.strides, graph.control = (EXPERTS, TOP_K), meter._control if sealed else None
+        graph.strides, graph.mailbox = (EXPERTS, TOP_K), meter._mailbox if sealed else None
         meter._graphs[CUDAGraphMode.FULL.name, descriptor] = graph
     capture.tracer = Tracer(tallies, ratio, capture.fuse.status, possible=lambda: meter.capture != "ingraph")
     capture.timing = Timing(capture, [(i, None) for i in range(LAYERS)], 200, Work(1), EXPERTS)
@@ -199,11 +208,12 @@ def measure(concurrency: int, passes: int, ratio: float, *, cold: bool, sealed: 
             b = clock()
             capture.begin_pass(tokens)
             c = clock()
-            capture.trace_rows(batch, output.num_scheduled_tokens, "num_computed_tokens_cpu", tokens)
+            capture.trace_rows(batch, tokens, output.num_scheduled_tokens, tokens, "num_computed_tokens_cpu")
             d = clock()
             if sealed:
                 capture.before_replay(graphs[tokens])
             e = clock()
+            capture.meter._mailbox.fetch()
             other_work()
             f = clock()
             capture.end_pass(tokens)

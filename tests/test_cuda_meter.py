@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import subprocess
@@ -25,9 +26,10 @@ from moe_monitor.capture import kernels  # noqa: E402 - needs torch
 from moe_monitor.capture.ahead import compile_beside  # noqa: E402
 from moe_monitor.capture.control import Control  # noqa: E402
 from moe_monitor.capture.cuda import CudaMeter  # noqa: E402
+from moe_monitor.capture.mailbox import Mailbox  # noqa: E402
 from moe_monitor.capture.meter import accumulate  # noqa: E402
 from moe_monitor.capture.retained import Span  # noqa: E402
-from moe_monitor.capture.tallies import DeviceTallies  # noqa: E402
+from moe_monitor.capture.tallies import DeviceTallies, Owners  # noqa: E402
 from moe_monitor.layout import RowLayout  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -61,6 +63,7 @@ class Device:
         self.meter = CudaMeter(range(LAYERS), EXPERTS, TOP_K, "softmax", is_capturing=lambda: self.capturing, **options)
         self.expected = torch.zeros((LAYERS, LAYOUT.width), dtype=torch.int64)
         self.memory, self.sealed = {}, {}
+        self.meter.sealing = True
         torch.manual_seed(0)
 
     def decide(self, rows):
@@ -84,23 +87,33 @@ class Device:
         self.memory[key] = self.decide(rows)
         self.sealed[key] = []
         for layers in pieces:
-            for layer in layers:
-                self.meter.observe(layer, self.memory[key][0][layer], self.memory[key][1][layer], key, span)
-            launcher, launched = self.meter._launcher, []
-            if launcher is not None:
-                launcher.launch = lambda *args, into=launched, **kwargs: into.append((args, kwargs))
-            sealed = self.meter.seal(key)
-            if launcher is not None:
-                del launcher.launch
-            self.sealed[key].append((sealed, launched))
+            launched = []
+            with self.recording(launched):
+                for layer in layers:
+                    self.meter.observe(layer, self.memory[key][0][layer], self.memory[key][1][layer], key, span)
+                self.sealed[key].append((self.meter.seal(key), launched))
         self.capturing = False
+
+    @contextlib.contextmanager
+    def recording(self, launched):
+        """What would be launched goes to ``launched`` as it does into a graph: in-graph capture is looked at apart."""
+        kernels = [(self.meter._launcher, "launch"), (self.meter._mailbox, "fetch")]
+        kernels = [(of, name) for of, name in kernels if of is not None]
+        for of, name in kernels:
+            run = getattr(of, name)
+            setattr(of, name, lambda *args, run=run, **kwargs: launched.append(functools.partial(run, *args, **kwargs)))
+        try:
+            yield
+        finally:
+            for of, name in kernels:
+                delattr(of, name)
 
     def run_graphs(self, key):
         for sealed, launched in self.sealed[key]:
             if sealed is not None and not self.meter.repeats(sealed):
                 self.meter.before_replay(sealed)
-            for args, kwargs in launched:
-                self.meter._launcher.launch(*args, **kwargs)
+            for launch in launched:
+                launch()
 
     def count(self, logits, ids, start, n):
         if n:
@@ -198,8 +211,8 @@ def test_sealed_graphs_count_by_themselves() -> None:
     assert sealed(device, "a") == [True] and sealed(device, "b") == [False, False, True]
     device.check()
     told = []
-    tell = device.meter._control.tell
-    device.meter._control.tell = lambda *args: (told.append(args), tell(*args))
+    post = device.meter._mailbox.post
+    device.meter._mailbox.post = lambda *args: (told.append(args), post(*args))
     for _ in range(3):
         assert device.replay("a", 13)
         device.dummy("b")
@@ -242,8 +255,8 @@ def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() 
                 kept.copy_(fresh)
             for graph, launched in device.sealed[key]:
                 capture.before_replay(graph)
-                for args, kwargs in launched:
-                    device.meter._launcher.launch(*args, **kwargs)
+                for launch in launched:
+                    launch()
         else:
             for layer in range(LAYERS):
                 device.meter.observe(layer, logits[layer], ids[layer], None, Span())
@@ -275,68 +288,161 @@ def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() 
 
 
 @interpreted
-def test_what_changes_between_replays_is_sent_and_nothing_else() -> None:
+def test_whose_the_rows_are_is_written_down_when_it_has_changed_and_not_else() -> None:
     device = TracingDevice()
     device.warm_up(8)
     device.meter.before_capture(rows=40, most=8)
     device.capture("a", 8)
-    sent = []
+    written = []
     device.owners(0, -1, 3)
     assert device.replay("a", 3)
-    sent.append(device.meter._control._at)
+    written.append(device.meter._mailbox._place)
     assert device.replay("a", 3) and device.replay("a", 3)
-    sent.append(device.meter._control._at)
+    written.append(device.meter._mailbox._place)
     device.owners(0, -1, 3)  # another batch, as far as anybody knows
     assert device.replay("a", 3)
-    sent.append(device.meter._control._at)
+    written.append(device.meter._mailbox._place)
     device.owners(-1, -1, -1)
     assert device.replay("a", 3) and device.replay("a", 3)
-    sent.append(device.meter._control._at)
-    assert np.diff(sent).tolist() == [0, 1, 1]
+    written.append(device.meter._mailbox._place)
+    assert np.diff(written).tolist() == [0, 1, 0]
     device.check()
     device.check_requests([0, 1, 2])
+
+
+def mailbox(rows=8):
+    return Mailbox(torch.device("cpu"), rows, 4, None)
+
+
+@interpreted
+def test_a_launch_fetches_what_was_posted_for_it_however_far_the_host_is_ahead() -> None:
+    box, seen, posted = mailbox(1100), [], []
+    random = np.random.default_rng(0)
+    for turn in range(400):
+        waiting = len(posted) - len(seen)
+        if waiting < 31 and (not waiting or random.random() < 0.6):
+            start, skip, n = random.integers(0, 40), random.integers(0, 40), int(random.integers(0, 1000))
+            if posted and random.random() < 0.3:
+                assert box.repeat()
+                posted.append(posted[-1])
+            elif random.random() < 0.3:
+                box.post(n)
+                posted.append((n, None))
+            else:
+                # before the shard, across its beginning, and far beyond its end; one row apart
+                spans = [(0, skip, 1), (max(0, skip - 2), skip + n // 2, turn), (skip + n - 1, skip + n, turn + 1)]
+                owners = Owners(skip + n, [span for span in spans if span[0] < span[1]])
+                box.post(n, owners, start, skip)
+                posted.append((n, (start, owners.codes()[skip:])))
+        else:
+            box.fetch()
+            n, of = posted[len(seen)]
+            assert box.head.tolist() == [n, of is not None]
+            if of is not None:
+                assert box.owners[of[0] : of[0] + n].tolist() == of[1].tolist()
+            seen.append(n)
+    assert len(seen) > 150 and box._begun[0] == len(seen) + 1
+
+
+@interpreted
+def test_the_host_does_not_run_further_ahead_than_there_are_places() -> None:
+    box = mailbox()
+    for n in range(32):
+        box.post(n % 8)
+    assert not box.repeat()
+    with pytest.raises(RuntimeError, match="32 replays of graphs have been told to the device and have not begun"):
+        box.post(3)
+    box.fetch()
+    box.post(5)
+    for n in (*range(1, 32), 5):
+        box.fetch()
+        assert box.head.tolist() == [n % 8, 0]
+
+
+@interpreted
+def test_more_tokens_than_are_attributed_are_refused() -> None:
+    box = mailbox(100)
+    with pytest.raises(ValueError, match="40 rows are attributed to requests, the router saw 41"):
+        box.post(13, Owners(40, [(0, 1, 2)]), 0, 28)
+
+
+@interpreted
+def test_a_device_that_does_not_see_the_hosts_memory_is_counted_on_after_its_replays(monkeypatch, caplog) -> None:
+    class Elsewhere(MemorySender):
+        def __init__(self):
+            super().__init__()
+            self.spare = torch.full((4096,), 7, dtype=torch.int64)
+
+        def address_of(self, tensor):
+            return self.spare.data_ptr()
+
+    device = Device()
+    device.warm_up(8)
+    device.meter._sender = Elsewhere()
+    device.meter.before_capture(rows=8, most=8)
+    assert "counts after the replays" in caplog.text and "does not read the host's memory" in caplog.text
+    device.capture("a", 8)
+    assert sealed(device, "a") == [False] and device.replay("a", 5)
+    device.check()
+
+
+@interpreted
+def test_a_graph_is_sealed_only_where_the_end_of_its_capture_is_seen() -> None:
+    device = Device()
+    device.warm_up(8)
+    device.meter.before_capture(rows=8, most=8)
+    device.meter.sealing = False
+    device.capture("a", 8)
+    assert sealed(device, "a") == [False] and device.replay("a", 5)
+    device.check()
+
+
+@interpreted
+def test_a_capture_that_ends_as_another_graph_is_noticed_and_left_in_order() -> None:
+    device = Device()
+    device.warm_up(8)
+    device.meter.before_capture(rows=8, most=8)
+    left, join = [], device.meter._mailbox.join
+    device.meter._mailbox.join = lambda: (left.append(True), join())
+    device.capturing = True
+    logits, ids = device.decide(8)
+    with device.recording([]):
+        for layer in range(LAYERS):
+            device.meter.observe(layer, logits[layer], ids[layer], "a", Span())
+    with pytest.raises(RuntimeError, match="seen in another graph than 'b'"):
+        device.meter.seal("b")
+    assert left == [True]
 
 
 class MemorySender:
     """The way to a device that is this process's own memory."""
 
-    def __init__(self, writes: bool) -> None:
-        self.writes, self.sent = writes, []
+    def __init__(self) -> None:
+        self.sent = []
 
     def copy(self, target: int, source: int, size: int) -> None:
         self.sent.append(size)
         ctypes.memmove(target, source, size)
 
-    def write(self, target: int, value: int) -> None:
-        self.sent.append("word")
-        ctypes.c_int32.from_address(target).value = value
-
-    def can_write(self, place) -> bool:
-        return self.writes
+    def address_of(self, tensor) -> int:
+        return tensor.data_ptr()
 
 
-@pytest.mark.parametrize("writes", [True, False])
-def test_the_short_way_to_the_device_sends_what_torch_does_and_no_more(writes: bool) -> None:
-    sender, codes = MemorySender(writes), np.arange(40, dtype=np.int32)
-    by_torch, by_driver = (Control(torch.device("cpu"), 100, 4, way) for way in (None, sender))
-    for told in [(7,), (7,), (30, codes), (30, codes), (12, codes, 5, 28), (12, None, 5, 28), (0,)]:
+def test_the_short_way_to_the_device_sends_what_torch_does_and_no_more() -> None:
+    sender = MemorySender()
+    by_torch, by_driver = (Control(torch.device("cpu"), 4, way) for way in (None, sender))
+    for told in (7, 7, 30, 12, 0):
         for control in (by_torch, by_driver):
-            control.tell(*told)
-        assert by_driver.head.tolist() == [told[0], len(told) > 1 and told[1] is not None]
-        assert torch.equal(by_driver.head, by_torch.head) and torch.equal(by_driver.owners, by_torch.owners)
-    assert by_driver.owners[5:17].tolist() == list(range(28, 40))
-    head = ["word"] if writes else [8]
-    rows = [4 * (64 + 30), 4 * (64 + 5 + 12)]
-    assert sender.sent == [*head, *rows, *(head * 2 if writes else head), *head], "what has not changed is not sent"
-    with pytest.raises(ValueError, match="40 rows are attributed to requests, the router saw 41"):
-        by_driver.tell(13, codes, 0, 28)
+            control.tell(told)
+        assert by_driver.head.tolist() == by_torch.head.tolist() == [told, 0]
+    assert sender.sent == [8] * 4, "what has not changed is not sent"
 
 
 @interpreted
 def test_a_pass_without_a_graph_is_counted_by_the_short_way_too() -> None:
     device = Device()
     device.warm_up(8)
-    device.meter._sender = MemorySender(True)
+    device.meter._sender = MemorySender()
     assert device.eager(5) and device.eager(3, rows=8)
     assert device.meter._sender.sent == [LAYERS * 16] * 2
     device.check()
@@ -349,7 +455,7 @@ def test_addresses_on_their_way_are_not_overwritten_where_every_layer_sends_its_
     meter = CudaMeter(range(layers), EXPERTS, TOP_K, "softmax", **options)
     logits, ids = torch.randn(2, EXPERTS), torch.arange(2 * TOP_K, dtype=torch.int32).reshape(2, TOP_K)
     meter.observe(0, logits, ids, None, Span())  # a warm-up pass
-    meter._sender, places = MemorySender(True), []
+    meter._sender, places = MemorySender(), []
     meter._sender.copy = lambda target, source, size: (places.append(source), ctypes.memmove(target, source, size))
     for _ in range(passes):
         meter.begin_pass(2)
@@ -377,9 +483,7 @@ def test_graphs_that_cannot_be_sealed_are_counted_after_their_replays() -> None:
     device.meter.before_capture(rows=24, most=8)
     device.capture("a", 16)  # larger than was said
     device.capture("b", 8, pieces=((0, 1), (2,)))
-    control, device.meter._graphs["b"].control = device.meter._graphs["b"].control, None
     assert device.meter.seal("b") is None  # the end of a draft model's graph of the same name: no layer was seen in it
-    device.meter._graphs["b"].control = control
     assert sealed(device, "a") == [False] and sealed(device, "b") == [False, True]
     assert device.replay("a", 9) and device.replay("b", 2)
     device.check()
@@ -396,12 +500,13 @@ def test_a_graph_that_outlives_a_new_capture_still_has_what_its_kernel_reads() -
     device.meter.before_capture(rows=8, most=8)
     device.capture("b", 8)
     assert device.replay("b", 5)
-    ((_, options),) = launched
-    assert old.control is not device.meter._control
-    assert options["n_valid_device"].data_ptr() == old.control.head.data_ptr()
+    fetch, count = launched
+    assert old.mailbox is not device.meter._mailbox
+    assert fetch.func.__self__ is old.mailbox
+    assert count.keywords["n_valid_device"].data_ptr() == old.mailbox.head.data_ptr()
     device.sealed["old"], device.memory["old"] = [(old, launched)], device.memory["a"]
     device.dummy("old")
-    assert old.control.head[0] == 0, "told by its own, so nothing is counted"
+    assert old.mailbox.head[0] == 0, "told by its own, so nothing is counted"
     assert device.replay("old", 3) and device.replay("b", 5)
     device.check()
 
@@ -503,7 +608,8 @@ class TracingDevice(Device):
 
     def owners(self, *codes) -> None:
         self.codes = np.array(codes, dtype=np.int32)
-        self.tallies.set_rows(self.codes if (self.codes >= 0).any() else None)
+        spans = [(at, at + 1, code) for at, code in enumerate(codes) if code >= 0]
+        self.tallies.set_rows(Owners(len(codes), spans) if spans else None)
 
     def count(self, logits, ids, start, n):
         super().count(logits, ids, start, n)

@@ -202,7 +202,7 @@ def test_rows_that_the_runner_dropped_are_nobodys() -> None:
 
     def fewer(n: dict[str, int]) -> None:
         batch = prepare(scheduled({"a": 2}), None)
-        runner.capture.trace_rows(batch, n, "num_computed_tokens_np")
+        runner.capture.trace_rows(batch, None, n, sum(n.values()), "num_computed_tokens_np")
 
     fewer({"a": 4})
     assert runner.capture.fuse.status.dropped == {"unattributed_passes": 1}
@@ -213,7 +213,7 @@ def test_a_batch_that_contradicts_itself_switches_the_monitor_off() -> None:
     runner = V1()
     runner.step(scheduled({"a": 3, "b": 3}, new=[request("a", 3), request("b", 3)]))
     runner.input_batch.req_id_to_index = {"a": 1, "b": 0}
-    runner.capture.trace_rows(runner.input_batch, {"a": 2, "b": 1}, "num_computed_tokens_cpu", 3)
+    runner.capture.trace_rows(runner.input_batch, 3, {"a": 2, "b": 1}, 3, "num_computed_tokens_cpu")
     assert runner.capture.fuse.blown
     assert "the batch says that 'a' is at 1, where 'b' is" in runner.capture.fuse.status.reason
 

@@ -47,11 +47,14 @@ class Engine:
     def forward(self, scheduled: dict[str, int], computed: list[int]) -> np.ndarray | None:
         """A pass; returns the codes of its rows."""
         tokens = sum(scheduled.values())
-        self.tracer.rows(list(scheduled), tokens, scheduled, np.array(computed))
-        codes = self.store._codes
+        self.tracer.rows(list(scheduled), tokens, scheduled, np.array(computed), total=tokens)
         logits = torch.randn(LAYERS, tokens, EXPERTS)
         self.store.add(logits, logits.topk(TOP_K).indices, "softmax", range(LAYERS))
-        return codes
+        return None if self.owners is None else self.owners.codes()
+
+    @property
+    def owners(self):
+        return self.store._owners
 
 
 def new(name: str, prompt: int = 4, cached: int = 0, **extra_args) -> New:
@@ -128,15 +131,32 @@ def test_a_steady_batch_is_attributed_once() -> None:
     engine.step([new("a", 2), new("b", 2)])
     engine.forward({"a": 2, "b": 2}, [0, 0])
     engine.step()
-    first = engine.forward({"a": 1, "b": 1}, [2, 2])
+    assert engine.forward({"a": 1, "b": 1}, [2, 2]).tolist() == [1, 3]
+    first = engine.owners
     engine.step()
-    assert engine.forward({"a": 1, "b": 1}, [3, 3]) is first
+    assert engine.forward({"a": 1, "b": 1}, [3, 3]).tolist() == [1, 3] and engine.owners is first
     engine.step(preempted=["b"])
     assert engine.forward({"a": 1}, [4]).tolist() == [1]
     engine.step([new("c", 1)])
     assert engine.forward({"a": 1, "c": 1}, [5, 0]).tolist() == [1, 4]
     engine.step()
     assert engine.forward({"a": 1, "c": 1}, [6, 1]).tolist() == [1, 5]
+
+
+def test_rows_that_stay_where_they_are_keep_their_list_of_spans() -> None:
+    """That they need not be sent again is told by it."""
+    engine = Engine()
+    engine.step([new("a", 1), new("u", 1, moe_trace=0), new("b", 1)])
+    engine.forward({"a": 1, "u": 1, "b": 1}, [0, 0, 0])
+    engine.step()
+    engine.forward({"a": 1, "u": 1, "b": 1}, [1, 1, 1])
+    spans = engine.owners.spans
+    engine.step([new("v", 1, moe_trace=0)])
+    assert engine.forward({"a": 1, "v": 1, "b": 1, "w": 1}, [2, 0, 2, 0]).tolist() == [1, -1, 3, -1]
+    assert engine.owners.spans is spans
+    engine.step()
+    assert engine.forward({"a": 1, "b": 1}, [3, 3]).tolist() == [1, 3]
+    assert engine.owners.spans is not spans
 
 
 def test_a_pass_without_traced_requests_has_no_attribution() -> None:
@@ -212,9 +232,17 @@ def test_lost_requests_are_given_up() -> None:
 def test_rows_that_do_not_add_up_are_nobodys() -> None:
     engine = Engine()
     engine.step([new("a")])
-    engine.tracer.rows(["a"], 3, {"a": 4}, np.array([0]))
-    assert engine.store._codes is None
-    assert engine.status.dropped == {"unattributed_passes": 1}
+    for ids, tokens, scheduled, total in [
+        (["a"], 3, {"a": 4}, 4),
+        (["a"], 1, {"a": 2}, 2),
+        (["a"], 4, {"a": 5}, 4),  # the scheduler contradicts itself
+        (["a", "b"], 4, {"a": 2, "b": 1}, 4),
+    ]:
+        engine.tracer.rows(["a"], 1, {"a": 1}, np.array([0]), total=1)
+        assert engine.owners is not None
+        engine.tracer.rows(ids, tokens, scheduled, np.array([0, 0]), total=total)
+        assert engine.owners is None
+    assert engine.status.dropped == {"unattributed_passes": 4}
 
 
 def test_ten_thousand_requests_leave_nothing_behind() -> None:
@@ -222,7 +250,7 @@ def test_ten_thousand_requests_leave_nothing_behind() -> None:
     for i in range(2500):
         batch = [f"r{4 * i + j}" for j in range(4)]
         engine.step([new(b, 1) for b in batch])
-        engine.tracer.rows(batch, 4, dict.fromkeys(batch, 1), np.zeros(4))
+        engine.tracer.rows(batch, 4, dict.fromkeys(batch, 1), np.zeros(4), total=4)
         engine.step(finished=batch)
         assert len(engine.tracer.drain(100)) == 4
     assert engine.tracer.in_flight == 0

@@ -126,6 +126,7 @@ def main() -> None:
     reading = capture.read()
     result = {
         "family": args.family,
+        "options": args.option,
         "runner": type(runner).__module__.rsplit(".", 2)[-2],
         "capture": capture.fuse.status.capture,
         "active": capture.fuse.status.active,
@@ -138,6 +139,9 @@ def main() -> None:
     if capture.meter is not None:
         graphs = capture.meter._graphs.values()
         result["graphs"], result["sealed"] = len(graphs), sum(graph.sealed for graph in graphs)
+        box = capture.meter._mailbox
+        if box is not None:  # what was posted, and what the device has begun: the same, now that it has worked it off
+            result["posted"], result["begun"] = box._posted, box._begun[0]
         layout = capture.meter.layout
         result["tokens"] = int(layout.column(reading.rows, "tokens").max())
         result["retained_mib"] = round(getattr(capture.meter, "retained_bytes", 0) / 2**20, 1)

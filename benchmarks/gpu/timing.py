@@ -1,12 +1,13 @@
 """GPU time with and without the monitor's work, in one process, alternating, by CUDA events.
 
-A graph that counts by itself has the monitor's kernel in it. :func:`keep_plain` keeps a copy of every graph as it was
-without; those are the plain replays.
+A graph that counts by itself has the monitor's kernels in it. :func:`keep_plain` keeps a copy of every graph without
+them; those are the plain replays.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import random
 import statistics
 import time
@@ -19,7 +20,7 @@ import torch
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-#: Key of the monitor -> copy of the graph without the monitor's node; made ready by :func:`plain_replay`.
+#: Key of the monitor -> copy of the graph without the monitor's nodes; made ready by :func:`plain_replay`.
 _PLAIN: dict[Any, int] = {}
 _READY: dict[Any, int] = {}
 
@@ -34,14 +35,17 @@ def keep_plain() -> None:
     def sealing(self, key):
         state = driver.capture_state(torch.cuda.current_stream().cuda_stream)
         if state is not None and key[0] == "FULL":
-            _PLAIN[key] = driver.clone(state.graph)
+            _PLAIN[key] = clone = driver.clone(state.graph)
+            for node in driver.nodes(clone):  # its branch is open by now
+                if driver.is_kernel(node) and driver.kernel_name(node) == "_fetch_kernel":
+                    assert ctypes.CDLL("libcuda.so.1").cuGraphDestroyNode(ctypes.c_void_p(node)) == 0
         return seal(self, key)
 
     CudaMeter.seal = sealing
 
 
 def plain_replay(key: Any, otherwise: Callable[[], None]) -> Callable[[], None]:
-    """Replays the graph without the monitor's node; ``otherwise`` where there is no copy."""
+    """Replays the graph without the monitor's nodes; ``otherwise`` where there is no copy."""
     if key not in _PLAIN:
         return otherwise
     from moe_monitor.capture.driver import Driver
@@ -120,11 +124,13 @@ class Decode:
         capture, tokens = self._capture, self._tokens
         self._begin_step()
         capture.begin_pass(tokens)
-        capture.trace_rows(self.batch, self._scheduled, "num_computed_tokens_cpu", tokens)
+        capture.trace_rows(self.batch, tokens, self._scheduled, tokens, "num_computed_tokens_cpu")
         if replay is not None:
             replay()
         elif (graph := capture.meter._graphs.get(self._key)) is not None and graph.sealed:
+            posted = graph.mailbox._posted
             capture.before_replay(graph)
+            graph.mailbox._posted = posted  # no launch will fetch it
         capture.replayed = self._key
         capture.end_pass(tokens)
 

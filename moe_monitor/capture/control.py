@@ -1,8 +1,6 @@
-"""What kernels inside CUDA graphs read, and the host tells them: where the decisions lie, how many tokens are real, and
-whose they are.
+"""What kernels inside CUDA graphs read: where the decisions lie, and how many tokens are real.
 
-A replayed launch has the arguments of its capture, so what changes from pass to pass lies in device memory. It is sent
-in the stream's order and only when it has changed: steady decoding sends nothing.
+A replayed launch has the arguments of its capture, so what changes from pass to pass lies in device memory.
 """
 
 from __future__ import annotations
@@ -14,35 +12,24 @@ import torch
 from torch import Tensor
 
 from moe_monitor.capture.sending import Sender
-from moe_monitor.capture.tallies import Codes
 
-#: int32 places of the head: number of tokens, whether requests are traced; rows begin at an aligned address.
-_HEAD = 64
-#: What earlier passes were told may be on its way to the device.
+#: Numbers of tokens on their way to the device at a time.
 _RING = 16
 
 
 class Control:
-    """``head`` int32 [2], ``owners`` int32 [rows] and a table of ``addresses`` pairs on the device; the way there.
+    """``head`` int32 [2] (number of tokens; whether requests are traced) and a table of ``addresses`` pairs on the
+    device. Must live for as long as a graph may run whose kernels read it.
 
-    ``sender``: the short way; None: torch's copies. The device's current stream must not be under capture.
+    ``sender``: the short way to the device; None: torch's copies.
     """
 
     @torch.inference_mode(False)
-    def __init__(self, device: torch.device, rows: int, addresses: int, sender: Sender | None = None) -> None:
-        self.rows = rows
-        pinned = device.type == "cuda"
-        self._host = torch.zeros((_RING, _HEAD + rows), dtype=torch.int32, pin_memory=pinned)
-        self._device = torch.zeros(_HEAD + rows, dtype=torch.int32, device=device)
-        #: Places of the ring: as numpy, and where they lie.
-        self._places = [(place.numpy(), place.data_ptr()) for place in self._host]
-        self._target = self._device.data_ptr()
+    def __init__(self, device: torch.device, addresses: int, sender: Sender | None = None) -> None:
+        self.head = torch.zeros(2, dtype=torch.int32, device=device)
+        self._host = torch.zeros((_RING, 2), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._sender = sender
-        self._writes = sender is not None and sender.can_write(self._device)
-        self.head, self.owners = self._device[:2], self._device[_HEAD:]
         self._tokens = 0
-        self._codes: Codes | None = None
-        self._start = self._skip = 0
         self._at = 0
         self._table = torch.zeros((addresses, 2), dtype=torch.int64, device=device)
         self._table_host = np.zeros((addresses, 2), dtype=np.int64)
@@ -53,8 +40,8 @@ class Control:
         return self._reserved + n <= len(self._table_host)
 
     def reserve(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Places int64 [n, 2] in the table for the addresses of (logits, ids), which are there once :meth:`tell` was
-        called next. Sends nothing by itself: a graph is being captured.
+        """Places int64 [n, 2] in the table for the addresses of (logits, ids), which are there once a replay was told
+        of next. Sends nothing by itself: a graph is being captured.
         """
         first, self._reserved = self._reserved, self._reserved + len(pairs)
         self._table_host[first : self._reserved] = [(a.data_ptr(), b.data_ptr()) for a, b in pairs]
@@ -66,34 +53,18 @@ class Control:
         self._table[fresh] = torch.from_numpy(self._table_host[fresh]).to(self._table.device)
         self._uploaded = self._reserved
 
-    def tell(self, tokens: int, codes: Codes | None = None, start: int = 0, skip: int = 0) -> None:
-        """The next replay has ``tokens`` real tokens in rows ``start`` on, of which the first is the batch's ``skip``;
-        ``codes`` say whose the batch's rows are (None: nobody is traced).
+    def tell(self, tokens: int) -> None:
+        """From now on passes have ``tokens`` real tokens, and nobody is traced: sent in the order of the current
+        stream, which must not be under capture, and only when it has changed.
         """
         if self._uploaded < self._reserved:
             self._upload()
-        if tokens == self._tokens and codes is self._codes and start == self._start and skip == self._skip:
+        if tokens == self._tokens:
             return
-        if codes is None and self._writes:
-            assert self._sender is not None
-            if self._codes is not None:
-                self._sender.write(self._target + 4, 0)
-            self._sender.write(self._target, tokens)
-        else:
-            self._copy(tokens, codes, start, skip)
-        self._tokens, self._codes, self._start, self._skip = tokens, codes, start, skip
-
-    def _copy(self, tokens: int, codes: Codes | None, start: int, skip: int) -> None:
         self._at = at = (self._at + 1) % _RING
-        values, source = self._places[at]
-        values[0], values[1] = tokens, codes is not None
-        size = 2
-        if codes is not None:
-            if skip + tokens > len(codes):
-                raise ValueError(f"{len(codes)} rows are attributed to requests, the router saw {skip + tokens}")
-            size = _HEAD + start + tokens
-            values[_HEAD + start : size] = codes[skip : skip + tokens]
+        self._host[at, 0] = tokens
         if self._sender is not None:
-            self._sender.copy(self._target, source, size * values.itemsize)
+            self._sender.copy(self.head.data_ptr(), self._host[at].data_ptr(), self.head.nbytes)
         else:
-            self._device[:size].copy_(self._host[at, :size], non_blocking=True)
+            self.head.copy_(self._host[at], non_blocking=True)
+        self._tokens = tokens

@@ -3,9 +3,9 @@
 Python inside the model runs while a graph is captured and never when it is replayed. So every captured router's
 logits and ids are *retained*: the references keep their memory in the graph's pool from being handed out again, and
 one kernel reads all layers through a table of addresses. It is the last node of the graph that holds the last layer
-(:meth:`CudaMeter.seal`), so that a replay costs the host nothing but to say how many tokens are real, and only when
-that changes. A graph that could not be sealed has the same kernel launched after its replay. Passes without a graph
-hand their tensors over directly and take the same kernel.
+(:meth:`CudaMeter.seal`), so that a replay costs the host nothing but to write down how many tokens are real
+(:mod:`moe_monitor.capture.mailbox`). A graph that could not be sealed has the same kernel launched after its replay.
+Passes without a graph hand their tensors over directly and take the same kernel.
 
 Retaining is unsafe where compiled code reuses the memory of logits inside the graph (Inductor's buffer reuse happens
 below the allocator, references do not prevent it). That is a property of the compiled code, so it is looked for in the
@@ -16,6 +16,7 @@ and the number of valid tokens is read on the device.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -27,11 +28,15 @@ from torch import Tensor
 
 from moe_monitor.capture.ahead import PATIENCE, compile_beside
 from moe_monitor.capture.control import Control
+from moe_monitor.capture.driver import DriverError
 from moe_monitor.capture.kernels import Launcher
+from moe_monitor.capture.mailbox import Mailbox
 from moe_monitor.capture.retained import Retained, Span, checksum
 from moe_monitor.capture.sending import Sender, sender
-from moe_monitor.capture.tallies import Codes, DeviceTallies
+from moe_monitor.capture.tallies import DeviceTallies, Owners
 from moe_monitor.layout import RowLayout
+
+logger = logging.getLogger("vllm.moe_monitor")
 
 #: Addresses of this many passes without a graph may be on their way to the device at once; a pass sends up to once a
 #: layer.
@@ -83,7 +88,9 @@ class CudaMeter:
         self._graphs: dict[Hashable, Retained] = {}
         self._suspects: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self._is_capturing = is_capturing
+        #: What kernels inside of graphs read: with in-graph capture, and of graphs that count by themselves.
         self._control: Control | None = None
+        self._mailbox: Mailbox | None = None
         self._sender: Sender | None = None
         #: The sealed graph that was replayed in this pass.
         self.counted: Retained | None = None
@@ -92,12 +99,14 @@ class CudaMeter:
         self.seals_shards = False
         #: Whether every graph counts by itself, so that nobody needs to know which one is replayed.
         self.all_sealed = False
-        #: The key under which layers were seen since a capture last ended.
-        self._seen_in: Hashable | None = None
+        #: Whether :meth:`seal` and :meth:`leave` are called when a capture ends.
+        self.sealing = False
+        #: The graph under capture that will be sealed.
+        self._to_seal: Retained | None = None
         #: What the last replay was of, and told; None after one that did not count.
         self._told: Retained | None = None
         self._told_valid = 0
-        self._told_codes: Codes | None = None
+        self._told_owners: Owners | None = None
         #: Nothing is left of the pass before, so a pass begins with its number of tokens and no more.
         self.clean = False
 
@@ -127,6 +136,7 @@ class CudaMeter:
         device, layers = logits.device, len(self.layers)
         self._device = device
         self._logit_bytes, self._id_bytes = logits.element_size(), ids.element_size()
+        self._sender = sender(device)
         self._rows = torch.zeros((layers, self.layout.width), dtype=torch.int64, device=device)
         self._row_of = torch.arange(layers, dtype=torch.int32, device=device)
         self._launcher = launcher = Launcher(
@@ -136,13 +146,12 @@ class CudaMeter:
             experts=self.layout.experts,
             top_k=self.top_k,
             scoring=self.scoring,
-            tallies=None if self.tallies is None else self.tallies.set_up(device),
+            tallies=None if self.tallies is None else self.tallies.set_up(device, self._sender),
         )
         if self._compiling is not None:
             self._compiling.join(PATIENCE)
         launcher.warm_up()
         self._unsafe = torch.zeros((), dtype=torch.bool, device=device)
-        self._sender = sender(device)
         # Triton's interpreter runs all this on a CPU, for tests
         self._pinned = device.type == "cuda"
         self._host_rows = torch.empty_like(self._rows, device="cpu", pin_memory=self._pinned)
@@ -162,7 +171,14 @@ class CudaMeter:
     @torch.inference_mode(False)
     def _set_up_inside(self, rows: int) -> None:
         """What kernels inside graphs of up to ``rows`` rows read: made before the capture, out of the graphs' pool."""
-        self._control = Control(self._device, rows, _GRAPHS * len(self.layers), self._sender)
+        addresses = _GRAPHS * len(self.layers)
+        if self.capture == "ingraph":
+            self._control = Control(self._device, addresses, self._sender)
+            return
+        try:
+            self._mailbox = Mailbox(self._device, rows, addresses, self._sender)
+        except DriverError as error:
+            logger.warning("moe-monitor counts after the replays of CUDA graphs and not within them: %s", error)
 
     # what the routers say
 
@@ -216,8 +232,11 @@ class CudaMeter:
             graph = self._graphs[key] = Retained(span)
             self.all_sealed = False
         graph.tensors[layer] = (logits, ids)
-        self._seen_in = key
         if self.capture != "ingraph":
+            if layer == len(self.layers) - 1 and self._can_seal(graph):
+                assert self._mailbox is not None
+                self._to_seal = graph
+                self._mailbox.fork()
             return
         assert self._launcher is not None
         assert self._control is not None
@@ -234,63 +253,80 @@ class CudaMeter:
             n_valid_device=self._control.head,
         )
 
+    def _can_seal(self, graph: Retained) -> bool:
+        mailbox, span, layers = self._mailbox, graph.span, len(self.layers)
+        if not self.sealing or self._to_seal is not None or mailbox is None or self._launcher is None or graph.sealed:
+            return False
+        if len(graph.tensors) != layers or not mailbox.has_room(layers):
+            return False
+        if (span.start or span.skip) and not self.seals_shards:
+            return False
+        return span.start + self._most(graph) <= mailbox.rows
+
+    @staticmethod
+    def _most(graph: Retained) -> int:
+        """Tokens that the graph can have at most."""
+        return min(graph.tensors[0][0].shape[0] - graph.span.start, graph.span.rows)
+
     def seal(self, key: Hashable) -> Retained | None:
         """The capture of the graph ``key``, or of a piece of it, is about to end: if all layers were seen by now, the
         kernel that counts them is put there. Whoever replays it calls :meth:`before_replay` with what is returned
-        first. None: the capture goes on in another piece, or it cannot be sealed, and is counted after its replays.
+        first. None: the capture goes on in another piece, it is another model's, or it cannot be sealed, and is counted
+        after its replays.
         """
-        seen_in, self._seen_in = self._seen_in, None
-        if seen_in != key:  # another model's, such as a draft model's
+        graph, mailbox = self._to_seal, self._mailbox
+        if graph is None or mailbox is None:
             return None
-        graph, control = self._graphs.get(key), self._control
-        if self.capture != "retain" or graph is None or control is None or self._launcher is None or graph.sealed:
-            return None
-        if len(graph.tensors) != len(self.layers) or not control.has_room(len(self.layers)):
-            return None
-        span = graph.span
-        if (span.start or span.skip) and not self.seals_shards:
-            return None
-        pairs = graph.ordered()
-        most = min(pairs[0][0].shape[0] - span.start, span.rows)
-        if span.start + most > control.rows:
-            return None
+        self.leave()
+        assert self._launcher is not None
+        if graph is not self._graphs.get(key):
+            raise RuntimeError(f"routers were seen in another graph than {key!r}, which ends")
         self._launcher.launch(
-            control.reserve(pairs),
-            most,
-            row_start=span.start,
+            mailbox.reserve(graph.ordered()),
+            self._most(graph),
+            row_start=graph.span.start,
             strides=graph.strides,
-            n_valid_device=control.head,
-            slot_of_row=None if self.tallies is None else control.owners,
+            n_valid_device=mailbox.head,
+            slot_of_row=None if self.tallies is None else mailbox.owners,
         )
-        graph.control = control
+        graph.mailbox = mailbox
         return graph
+
+    def leave(self) -> None:
+        """The current stream's capture is about to end, sealed or not: close what was opened in it."""
+        self._to_seal = None
+        if self._mailbox is not None:
+            self._mailbox.join()
 
     def repeats(self, graph: Retained) -> bool:
         """Whether :meth:`before_replay` has nothing to tell, for the pass is as the last one was; then that is done."""
         if graph is not self._told or self.valid != self._told_valid or not self.clean or self.counted is not None:
             return False
-        if self.tallies is not None and self.tallies.codes is not self._told_codes:
+        if self.tallies is not None and self.tallies.owners is not self._told_owners:
+            return False
+        assert graph.mailbox is not None
+        if not graph.mailbox.repeat():
             return False
         self.counted = graph
         return True
 
     def before_replay(self, graph: Retained) -> None:
         """A sealed graph is about to be replayed, in a pass that counts or in one that does not."""
-        control, span = graph.control, graph.span
-        assert control is not None
+        mailbox, span = graph.mailbox, graph.span
+        assert mailbox is not None
         tokens = span.valid(self.valid) if self.valid else 0
         if tokens:
-            codes = None if self.tallies is None else self.tallies.codes
-            control.tell(tokens, codes, span.start, span.skip)
+            owners = None if self.tallies is None else self.tallies.owners
+            mailbox.post(tokens, owners, span.start, span.skip)
         else:
-            control.tell(0)
+            mailbox.post(0)
         self._told = None
         if self.valid:
             if self.counted is not None or self._pending:
                 raise RuntimeError("a pass was counted twice")
             self.counted = self._told = graph
             self._told_valid = self.valid
-            self._told_codes = None if self.tallies is None else self.tallies.codes
+            self._told_owners = None if self.tallies is None else self.tallies.owners
 
     @property
     def retained_bytes(self) -> int:
@@ -305,6 +341,7 @@ class CudaMeter:
         """
         self._graphs.clear()
         self._told, self.clean, self.all_sealed = None, False, False
+        self._mailbox, self._to_seal = None, None
         if self._launcher is None or self.capture == "ingraph":
             return
         self._acquit()
@@ -337,19 +374,19 @@ class CudaMeter:
         self.counted = None
         self.valid = tokens
         self.clean = self.capture == "retain" and self._stream is not None
-        if self.capture == "ingraph" and self._control is not None:
+        if self._control is not None:
             self._control.tell(tokens)
 
     def set_valid(self, tokens: int) -> None:
         """The pass that has begun has so many tokens, fewer than were scheduled; before its first router."""
         self.valid = tokens
-        if self.capture == "ingraph" and self._control is not None:
+        if self._control is not None:
             self._control.tell(tokens)
 
     def begin_dummy(self) -> None:
         """A pass that must not be counted is about to run."""
         self.valid = 0
-        if self.capture == "ingraph" and self._control is not None:
+        if self._control is not None:
             self._control.tell(0)
 
     def end_pass(self, key: Hashable | None, tokens: int) -> bool:

@@ -50,7 +50,7 @@ _SYMBOLS: dict[str, tuple[Any, ...]] = {
     "cuModuleGetFunction": (POINTER(c_void_p), c_void_p, c_char_p),
     "cuLaunchKernel": (c_void_p, *[c_uint] * 7, c_void_p, POINTER(c_void_p), POINTER(c_void_p)),
     "cuMemcpyHtoDAsync_v2": (c_ulonglong, c_void_p, c_size_t, c_void_p),
-    "cuStreamWriteValue32_v2": (c_void_p, c_ulonglong, c_uint, c_uint),
+    "cuMemHostGetDevicePointer_v2": (POINTER(c_ulonglong), c_void_p, c_uint),
     "cuStreamGetCaptureInfo_v3": (
         c_void_p,
         POINTER(c_int),
@@ -139,9 +139,11 @@ class Driver:
         """Queue a copy of ``size`` bytes from pinned host memory to the device."""
         self._call("cuMemcpyHtoDAsync_v2", target, source, size, stream)
 
-    def write(self, target: int, value: int, stream: int) -> None:
-        """Queue the writing of one 32-bit word, by the stream itself rather than by a kernel or a copy engine."""
-        self._call("cuStreamWriteValue32_v2", stream, target, value, 0)
+    def device_address(self, pinned: int) -> int:
+        """Address by which kernels read pinned host memory."""
+        address = c_ulonglong()
+        self._call("cuMemHostGetDevicePointer_v2", byref(address), pinned, 0)
+        return address.value
 
     # graphs under capture
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 
-from moe_monitor.capture.tallies import Codes, Store
+from moe_monitor.capture.tallies import Owners, Spans, Store
 from moe_monitor.records import Meta, Tally, short_id
 from moe_monitor.snapshot import Status
 
@@ -103,7 +102,8 @@ class Tracer:
         self._prompts = [0] * store.slots  # by slot
         self._done: deque[tuple[int, Meta | None]] = deque()
         self._ids: list[str] = []
-        self._codes: Codes | None = None
+        self._owners: Owners | None = None
+        self._spans: Spans = []
         self._steady = False
 
     @property
@@ -213,19 +213,22 @@ class Tracer:
         tokens: int,
         scheduled: Mapping[str, int],
         computed: NDArray[Any],
+        *,
+        total: int,
         index: Mapping[str, int] | None = None,
     ) -> None:
         """Whose the rows of the coming pass are: ``scheduled[id]`` rows for each of ``ids``, in this order, beginning
-        at position ``computed`` of the request; ``tokens`` in all. ``index``: places in ``ids``, where they are known.
+        at position ``computed`` of the request; ``tokens`` in all, of ``total`` that were scheduled. ``index``: places
+        in ``ids``, where they are known.
         """
         if not self._live:
-            codes = None
-        elif self._steady and tokens == len(ids) and ids == self._ids:
-            codes = self._codes  # one more token each for the same requests: nothing changes
+            owners = None
+        elif self._steady and tokens == total == len(ids) and ids == self._ids:
+            owners = self._owners  # one more token each for the same requests: nothing changes
         else:
-            codes = self._attribute(ids, tokens, scheduled, computed, index)
-        self._codes = codes
-        self._store.set_rows(codes)
+            owners = self._attribute(ids, tokens, scheduled, computed, total, index)
+        self._owners = owners
+        self._store.set_rows(owners)
 
     def _attribute(
         self,
@@ -233,41 +236,53 @@ class Tracer:
         tokens: int,
         scheduled: Mapping[str, int],
         computed: NDArray[Any],
+        total: int,
         index: Mapping[str, int] | None,
-    ) -> Codes | None:
+    ) -> Owners | None:
         """Most requests are not traced, and under load the batch changes in every pass: so what can be is done for
         the traced ones alone.
         """
         self._steady = False
-        if sum(scheduled.values()) != tokens:
+        places, prompts, decoding = self._places(ids, index), self._prompts, True
+        single = tokens == total == len(ids)  # a row for each request
+        starts: Sequence[int] = range(tokens + 1)
+        if not single:
+            starts = [0, *itertools.accumulate(map(scheduled.__getitem__, ids))]
+        if not tokens == total == starts[-1]:
             # The model runner dropped rows and does not say whose: better no attribution than a wrong one.
             self._drop("unattributed_passes")
             return None
-        single = tokens == len(ids)  # a row for each request
-        starts = None if single else [0, *itertools.accumulate(map(scheduled.__getitem__, ids))]
+        spans: Spans = []
+        for at, slot in places:
+            start, stop, prompt_end = starts[at], starts[at + 1], starts[at] + prompts[slot] - computed.item(at)
+            if prompt_end <= start:
+                spans.append((start, stop, 2 * slot + 1))
+                continue
+            decoding = False
+            spans.append((start, min(prompt_end, stop), 2 * slot))
+            if prompt_end < stop:
+                spans.append((prompt_end, stop, 2 * slot + 1))
+        self._ids, self._steady = list(ids), single and decoding
+        if not spans:
+            return None
+        if spans != self._spans:
+            self._spans = spans
+        return Owners(tokens, self._spans)
+
+    def _places(self, ids: Sequence[str], index: Mapping[str, int] | None) -> list[tuple[int, int]]:
+        """(place in ``ids``, slot) of the traced requests that are among them."""
+        slot_of = self._slot_of
         if index is None:
-            index = dict(zip(ids, range(len(ids)), strict=True))
-        codes: Codes | None = None
-        prompts, decoding = self._prompts, True
-        for name, slot in self._slot_of.items():
+            return [(at, slot_of[name]) for at, name in enumerate(ids) if name in slot_of]
+        places = []
+        for name, slot in slot_of.items():
             at = index.get(name)
             if at is None:
                 continue  # waiting for its turn
             if ids[at] != name:
                 raise ValueError(f"the batch says that {name!r} is at {at}, where {ids[at]!r} is")
-            if codes is None:
-                codes = np.full(tokens, -1, np.int32)
-            left = prompts[slot] - computed.item(at)  # rows before the prompt's end
-            if starts is None or starts[at + 1] - starts[at] == 1:
-                codes[at if starts is None else starts[at]] = 2 * slot + (left <= 0)
-                decoding &= left <= 0
-                continue
-            start, stop = starts[at], starts[at + 1]
-            middle = min(max(start, start + left), stop)
-            codes[start:middle] = 2 * slot
-            codes[middle:stop] = 2 * slot + 1
-        self._ids, self._steady = list(ids), single and decoding
-        return codes
+            places.append((at, slot))
+        return places
 
     # the publisher's thread
 

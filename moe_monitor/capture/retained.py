@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_monitor.capture.control import Control
+from moe_monitor.capture.mailbox import Mailbox
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Retained:
     tensors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     table: Tensor | None = None
     strides: tuple[int, int] = (0, 0)
-    #: What the kernel inside the graph reads, where a replay counts by itself. Held for as long as the graph may run.
-    control: Control | None = None
+    #: What kernels inside the graph read, where a replay counts by itself. Held for as long as the graph may run.
+    mailbox: Mailbox | None = None
 
     @property
     def sealed(self) -> bool:
         """Whether a replay counts by itself."""
-        return self.control is not None
+        return self.mailbox is not None
 
     def ordered(self) -> list[tuple[Tensor, Tensor]]:
         """All layers' decisions, in order. Raises RuntimeError where they differ in form or share memory."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_monitor.capture.kernels import Tallies, tally_reference
+from moe_monitor.capture.sending import Sender
 from moe_monitor.layout import NO_ENTROPY, TALLY_COLUMNS
 
 _ENTROPY_MIN = TALLY_COLUMNS.index("entropy_min")
 
 Codes = NDArray[np.int32]
+#: Rows that belong to traced requests: (first, end, slot * 2 + phase); phase 0 is prefill.
+Spans = list[tuple[int, int, int]]
 Taken = list[tuple[NDArray[np.int32], NDArray[np.int64]]]
 
 
@@ -29,14 +32,28 @@ def slot_bytes(layers: int, experts: int) -> int:
     return layers * (2 * experts * 4 + len(TALLY_COLUMNS) * 8)
 
 
+class Owners(NamedTuple):
+    """Whose the ``rows`` of a pass are: of most nobody's who is traced. The same list of spans means the same rows."""
+
+    rows: int
+    spans: Spans
+
+    def codes(self) -> Codes:
+        """The spans' code for each row, -1 for the others."""
+        codes = np.full(self.rows, -1, np.int32)
+        for first, end, code in self.spans:
+            codes[first:end] = code
+        return codes
+
+
 class Store(Protocol):
-    """``set_rows`` says whose the rows of the coming pass are: slot * 2 + phase per row, -1 untraced; None: nobody's.
-    ``take`` copies and clears slots that are no longer written to; it may wait for the device.
+    """``set_rows`` says whose the rows of the coming pass are; None: nobody's. ``take`` copies and clears slots that
+    are no longer written to; it may wait for the device.
     """
 
     slots: int
 
-    def set_rows(self, codes: Codes | None) -> None: ...
+    def set_rows(self, owners: Owners | None) -> None: ...
 
     def take(self, slots: Sequence[int]) -> Taken: ...
 
@@ -50,16 +67,16 @@ class HostTallies:
         self._counts = np.zeros((slots, layers, 2, experts), dtype=np.int32)
         self._stats = np.zeros((slots, layers, len(TALLY_COLUMNS)), dtype=np.int64)
         self._stats[..., _ENTROPY_MIN] = NO_ENTROPY
-        self._codes: Codes | None = None
+        self._owners: Owners | None = None
 
-    def set_rows(self, codes: Codes | None) -> None:
-        self._codes = codes
+    def set_rows(self, owners: Owners | None) -> None:
+        self._owners = owners
 
     def add(self, logits: Tensor, ids: Tensor, scoring: str, layers: Sequence[int]) -> None:
         """Some layers' decisions of the pass: ``logits`` [layers, tokens, experts], ``ids`` [layers, tokens, k]."""
-        codes = self._codes
-        if codes is None:
+        if self._owners is None:
             return
+        codes = self._owners.codes()
         if len(codes) != logits.shape[1]:
             raise ValueError(f"{len(codes)} rows are attributed to requests, the router saw {logits.shape[1]}")
         # Only the slots of this batch are touched: the others may be in the publisher's hands.
@@ -97,11 +114,9 @@ class DeviceTallies:
         self._shape = (slots, layers, experts)
         self.tallies: Tallies | None = None
         #: Whose the rows of the coming pass are.
-        self.codes: Codes | None = None
-        self._sent: tuple[Codes, int, int, int] | None = None
-        self._sent_to: Tensor | None = None
-        #: Rounded number of rows -> (host as numpy, host, device) of every place of the ring: slicing takes its time.
-        self._views: dict[int, list[tuple[Codes, Tensor, Tensor]]] = {}
+        self.owners: Owners | None = None
+        self._sender: Sender | None = None
+        self._sent: tuple[Owners, int, int, int] | None = None
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -110,8 +125,9 @@ class DeviceTallies:
         return slots * slot_bytes(layers, experts)
 
     @torch.inference_mode(False)
-    def set_up(self, device: torch.device) -> Tallies:
+    def set_up(self, device: torch.device, sender: Sender | None = None) -> Tallies:
         slots, layers, experts = self._shape
+        self._sender = sender
         self._device, self._pinned = device, device.type == "cuda"
         self.tallies = made = Tallies.empty(slots, layers, experts, device)
         n, pin = self._BATCH, self._pinned
@@ -128,39 +144,38 @@ class DeviceTallies:
         self._rows = torch.empty((self._RING, rows), dtype=torch.int32, device=self._device)
         self._rows_host = torch.empty((self._RING, rows), dtype=torch.int32, pin_memory=self._pinned)
         self._capacity = rows
-        self._views.clear()
         self._at = -1
 
-    def set_rows(self, codes: Codes | None) -> None:
-        self.codes = codes
+    def set_rows(self, owners: Owners | None) -> None:
+        self.owners = owners
 
     def rows(self, start: int, skip: int, n: int) -> Tensor | None:
         """The attribution on the device for a launch over ``n`` router rows from ``start`` on, of which the first is
         the batch's row ``skip``. None: nobody is traced, and the cheaper kernel will do.
 
-        Indexed as the router's rows are. Sent only when it has changed.
+        Indexed as the router's rows are. Sent once for the launches of a pass.
         """
-        codes = self.codes
-        if codes is None or n <= 0:
+        owners = self.owners
+        if owners is None or n <= 0:
             return None
-        if self._sent is not None and self._sent[0] is codes and self._sent[1:] == (start, skip, n):
-            return self._sent_to
-        if skip + n > len(codes):
-            raise ValueError(f"{len(codes)} rows are attributed to requests, the router saw {skip + n}")
-        if start + n > self._capacity:
-            self._reserve(2 * (start + n))
+        wanted = (owners, start, skip, n)
+        if self._sent is not None and self._sent[0] is owners and self._sent[1:] == wanted[1:]:
+            return self._rows[self._at]
+        if skip + n > owners.rows:
+            raise ValueError(f"{owners.rows} rows are attributed to requests, the router saw {skip + n}")
+        end = start + n
+        if end > self._capacity:
+            self._reserve(2 * end)
         # A ring: what an earlier pass still reads stays as it is.
-        self._at = (self._at + 1) % self._RING
-        size = max(256, 1 << (start + n - 1).bit_length())
-        views = self._views.get(size)
-        if views is None:
-            host, device = self._rows_host[:, :size], self._rows[:, :size]
-            views = self._views[size] = [(host[i].numpy(), host[i], device[i]) for i in range(self._RING)]
-        codes_there, host_row, device_row = views[self._at]
-        codes_there[start : start + n] = codes if n == len(codes) else codes[skip : skip + n]
-        device_row.copy_(host_row, non_blocking=True)
-        self._sent, self._sent_to = (codes, start, skip, n), device_row
-        return device_row
+        self._at = at = (self._at + 1) % self._RING
+        host, device = self._rows_host[at], self._rows[at]
+        host.numpy()[start:end] = owners.codes()[skip : skip + n]
+        if self._sender is None:
+            device[:end].copy_(host[:end], non_blocking=True)
+        else:
+            self._sender.copy(device.data_ptr(), host.data_ptr(), host[:end].nbytes)
+        self._sent = wanted
+        return device
 
     def launched_on(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream

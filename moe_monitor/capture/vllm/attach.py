@@ -323,10 +323,10 @@ class Capture:
             if new or not tracer.idle:
                 tracer.step(new, preempted or (), finished, scheduled.num_scheduled_tokens)
 
-    def trace_rows(self, batch: Any, scheduled: Any, computed: str, tokens: int | None = None) -> None:
-        """Whose the rows of the coming pass are. ``batch`` is the model runner's, ``scheduled`` tokens by request id,
-        ``computed`` names the batch's array of first positions, ``tokens`` is by default the batch's own number.
-        A V1 batch knows its requests' places.
+    def trace_rows(self, batch: Any, tokens: int | None, scheduled: Any, total: int, computed: str) -> None:
+        """Whose the rows of the coming pass are. ``batch`` is the model runner's, of ``tokens`` rows (None: it says so
+        itself), ``scheduled`` were tokens by request id, ``total`` in all; ``computed`` names the batch's array of
+        first positions. A V1 batch knows its requests' places.
         """
         tracer = self.tracer
         if self.fuse.blown or tracer is None or tracer.idle:
@@ -334,7 +334,7 @@ class Capture:
         with self.fuse.guard("requests"):
             rows = int(batch.num_tokens) if tokens is None else tokens
             index = getattr(batch, "req_id_to_index", None)
-            tracer.rows(batch.req_ids, rows, scheduled, getattr(batch, computed), index)
+            tracer.rows(batch.req_ids, rows, scheduled, getattr(batch, computed), total=total, index=index)
 
     def begin_pass(self, tokens: int) -> None:
         """A real pass of ``tokens`` tokens is about to run."""

@@ -41,6 +41,9 @@ def capturing(capture: Capture) -> Iterator[None]:
                     sealed = capture.meter.seal(key)
             if timing is not None:
                 timing.lay_twin_aside(graph, key)
+        with capture.fuse.guard("record", serving=False):
+            if isinstance(capture.meter, CudaMeter):
+                capture.meter.leave()  # whatever failed above: a capture with an open branch cannot end
         original(graph)
         if sealed is not None:
             with capture.fuse.guard("record", serving=False):
@@ -48,6 +51,8 @@ def capturing(capture: Capture) -> Iterator[None]:
 
     if timing is not None:
         timing.before_graphs()
+    if isinstance(capture.meter, CudaMeter):
+        capture.meter.sealing = True
     torch.cuda.CUDAGraph.capture_end = capture_end  # type: ignore[method-assign, assignment]
     try:
         yield
@@ -55,6 +60,7 @@ def capturing(capture: Capture) -> Iterator[None]:
         torch.cuda.CUDAGraph.capture_end = original  # type: ignore[method-assign]
         with capture.fuse.guard("record", serving=False):
             if isinstance(capture.meter, CudaMeter):
+                capture.meter.sealing = False
                 capture.meter.after_capture()
         if timing is not None:
             timing.after_graphs()
@@ -70,6 +76,10 @@ def _tell_before_replay(graph: Any, capture: Capture, sealed: Retained) -> None:
 
     def told() -> None:
         before(sealed)
-        replay()
+        try:
+            replay()
+        except Exception as error:  # the device would look for the next pass where this one was posted
+            capture.fuse.blow("record", error)
+            raise
 
     graph.replay = told

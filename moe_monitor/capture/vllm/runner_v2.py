@@ -65,7 +65,8 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
         if capture.warming_up:
             return batch
         capture.batch_is(batch)
-        capture.trace_rows(batch, scheduler_output.num_scheduled_tokens, "num_computed_tokens_np")
+        per_request, total = scheduler_output.num_scheduled_tokens, scheduler_output.total_num_scheduled_tokens
+        capture.trace_rows(batch, None, per_request, total, "num_computed_tokens_np")
         return batch
 
     runner.prepare_inputs = prepare

@@ -1,0 +1,186 @@
+# ruff: noqa: ANN001, ANN202, N803 -- how Triton kernels are written
+"""How a replay of a CUDA graph learns how many tokens are real and whose they are, without a call of the driver.
+
+Between two passes of a server all that such a call touches leaves the processor's caches: 35 to 60 us for a few bytes
+on the host of an H100, where it takes 4 in a loop. So the host only writes to its own memory, and the graph fetches it
+over the bus: a kernel of one program on a branch of its own, beside the experts of the last layer. What it copies to
+the device's memory is there when the counting kernel begins, where the branches join.
+
+The host runs ahead of the device, so there are many places. A graph that fetches counts its launches, and looks in the
+place of that number; the host fills the place of the next launch. So each launch must be posted, whatever it is for.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_monitor.capture.control import Control
+from moe_monitor.capture.driver import DriverError
+from moe_monitor.capture.kernels import triton  # type: ignore[attr-defined]
+from moe_monitor.capture.sending import Sender
+from moe_monitor.capture.tallies import Owners, Spans
+
+if triton is not None:
+    import triton.language as tl
+
+#: Places for what is posted, and for whose the rows are: a power of two. Half of them may wait for their launch; what
+#: an earlier launch still reads is never overwritten.
+_PLACES = 64
+_AHEAD = _PLACES // 2
+#: Rows that are fetched at a time, a power of two.
+_BLOCK = 512
+
+_ADDRESSES = ["words", "owners", "begun"]
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=[*_ADDRESSES, "rows"])  # type: ignore[untyped-decorator, unused-ignore]
+    def _fetch_kernel(  # type: ignore[no-untyped-def]
+        launches,  # int64 [1]: how many there were
+        head, owners_here,  # int32 [2] and [rows], what the counting kernel reads
+        words, owners, begun,  # addresses in the host's memory: int64 [PLACES], int32 [PLACES, rows], int64 [1]
+        rows,
+        # (a word is what _word makes)
+        PLACES: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        launch = tl.atomic_add(launches, 1, sem="relaxed")
+        place = launch % PLACES
+        word = tl.load((words + place * 8).to(tl.pointer_type(tl.int64)), cache_modifier=".cv")
+        tl.store(head, (word & 0xFFFFFF).to(tl.int32))
+        attributed = word >> 48
+        tl.store(head + 1, tl.minimum(attributed, 1).to(tl.int32))
+        if attributed > 0:
+            told = (owners + (attributed - 1) * rows * 4).to(tl.pointer_type(tl.int32))
+            end = ((word >> 24) & 0xFFFFFF).to(tl.int32)
+            for first in range(0, end, BLOCK):
+                row = first + tl.arange(0, BLOCK)
+                code = tl.load(told + row, mask=row < end, other=-1, cache_modifier=".cv")
+                tl.store(owners_here + row, code, mask=row < end)
+        tl.store(begun.to(tl.pointer_type(tl.int64)), launch + 1)
+
+
+def _word(tokens: int, end: int = 0, place: int = -1) -> int:
+    """``tokens`` are real; whose they are lies at ``place``, for rows up to ``end`` (-1: nobody is traced)."""
+    return tokens | end << 24 | (place + 1) << 48
+
+
+def _moved(spans: Spans, start: int, skip: int, rows: int) -> Spans:
+    """As they lie where the batch's row ``skip`` is row ``start`` of ``rows``."""
+    by = start - skip
+    moved = [(max(first + by, start), min(end + by, rows), code) for first, end, code in spans]
+    return [span for span in moved if span[0] < span[1]]
+
+
+def compile_fetch() -> None:
+    """Compile the kernel for the current CUDA device; launches nothing."""
+    _fetch_kernel.warmup(
+        torch.int64, torch.int32, torch.int32, *(1 << 40,) * len(_ADDRESSES), 1, _PLACES, _BLOCK, grid=(1,)
+    )
+
+
+class Mailbox(Control):
+    """For graphs that count by themselves. ``rows``: that a router sees, at most.
+
+    Of a graph's capture :meth:`fork` and :meth:`join` belong to it. Raises DriverError where the device does not read
+    the host's memory. Waits for the device.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(self, device: torch.device, rows: int, addresses: int, sender: Sender | None) -> None:
+        super().__init__(device, addresses, sender)
+        self.rows = rows
+        self.owners = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        self._fetched = torch.zeros(1, dtype=torch.int64, device=device)
+        pinned = device.type == "cuda"
+        self._memory = words, owners, begun = (
+            torch.zeros(_PLACES, dtype=torch.int64, pin_memory=pinned),
+            torch.full((_PLACES, rows), -1, dtype=torch.int32, pin_memory=pinned),
+            torch.zeros(1, dtype=torch.int64, pin_memory=pinned),
+        )
+        if pinned and sender is None:
+            raise DriverError("nothing tells by which address the device reads the host's memory")
+        self._at_host = [tensor.data_ptr() if sender is None else sender.address_of(tensor) for tensor in self._memory]
+        # (memoryviews: quicker to write to than arrays)
+        self._words, self._begun = words.numpy().data, begun.numpy().data
+        self._rows = [row.data for row in owners.numpy()]
+        self._nobody = np.full(rows, -1, np.int32).data
+        self._written = [0] * _PLACES  # up to which row
+        self._last = 0
+        self._spans: Spans | None = None
+        self._start = self._skip = self._place = 0
+        #: The branch that is open in the graph under capture.
+        self._branch: torch.cuda.Stream | None = None
+        self._side = torch.cuda.Stream(device) if pinned else None
+        self._posted = 1
+        self.fetch()  # loads the kernel, and shows that it works
+        if (self.head.tolist(), self._begun[0]) != ([0, 0], 1):
+            raise DriverError("the device does not read the host's memory as it should")
+
+    # the capture of a graph
+
+    def fetch(self) -> None:
+        """Launch the kernel on the current stream."""
+        arguments: tuple[Any, ...] = (self._fetched, self.head, self.owners, *self._at_host, self.rows)
+        _fetch_kernel[(1,)](*arguments, _PLACES, _BLOCK)
+
+    def fork(self) -> None:
+        """The current stream is under capture: what the counting kernel needs is fetched from here on."""
+        if self._side is None:
+            self.fetch()
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+        self._branch = self._side
+        with torch.cuda.stream(self._side):
+            self.fetch()
+
+    def join(self) -> None:
+        """What comes next on the current stream comes after what was fetched. A capture can only end after this."""
+        branch, self._branch = self._branch, None
+        if branch is not None:
+            torch.cuda.current_stream(branch.device).wait_stream(branch)
+
+    # replays
+
+    def post(self, tokens: int, owners: Owners | None = None, start: int = 0, skip: int = 0) -> None:
+        """The next replay has ``tokens`` real tokens in rows ``start`` on, of which the first is the batch's ``skip``;
+        ``owners`` say whose the batch's rows are (None: nobody is traced).
+        """
+        if self._uploaded < self._reserved:
+            self._upload()
+        self._last = tokens  # _word of nothing else
+        if owners is not None:
+            if skip + tokens > owners.rows:
+                raise ValueError(f"{owners.rows} rows are attributed to requests, the router saw {skip + tokens}")
+            if owners.spans is not self._spans or start != self._start or skip != self._skip:
+                self._attribute(owners, start, skip)
+            self._last = _word(tokens, start + tokens, self._place)
+        if not self.repeat():
+            raise RuntimeError(f"{_AHEAD} replays of graphs have been told to the device and have not begun")
+
+    def repeat(self) -> bool:
+        """The next replay is as the last one. False, and nothing is posted, where too many have not begun."""
+        posted = self._posted
+        if posted - self._begun[0] >= _AHEAD:
+            return False
+        self._words[posted % _PLACES] = self._last
+        self._posted = posted + 1
+        return True
+
+    def _attribute(self, owners: Owners, start: int, skip: int) -> None:
+        # No launch that has not begun means this place: since it was last written to, all others were, one a launch.
+        self._place = place = (self._place + 1) % _PLACES
+        row, written, spans = self._rows[place], self._written[place], owners.spans
+        row[:written] = self._nobody[:written]
+        self._written[place] = min(self.rows, owners.rows + start - skip)
+        if start or skip or owners.rows > self.rows:
+            spans = _moved(spans, start, skip, self.rows)
+        for first, end, code in spans:
+            if end - first == 1:
+                row[first] = code
+            else:
+                row[first:end] = array("i", (code,)) * (end - first)
+        self._spans, self._start, self._skip = owners.spans, start, skip

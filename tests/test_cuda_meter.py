@@ -345,15 +345,19 @@ def test_a_launch_fetches_what_was_posted_for_it_however_far_the_host_is_ahead()
 
 
 @interpreted
-def test_the_host_does_not_run_further_ahead_than_there_are_places() -> None:
+def test_the_host_does_not_run_further_ahead_than_there_are_places(monkeypatch) -> None:
+    monkeypatch.setattr("moe_monitor.capture.mailbox._PATIENCE", 0.05)
     box = mailbox()
     for n in range(32):
         box.post(n % 8)
     assert not box.repeat()
-    with pytest.raises(RuntimeError, match="32 replays of graphs have been told to the device and have not begun"):
+    with pytest.raises(RuntimeError, match=r"32 replays of graphs were posted, and none has begun for 0\.05 s"):
         box.post(3)
-    box.fetch()
-    box.post(5)
+    monkeypatch.setattr("moe_monitor.capture.mailbox._PATIENCE", 30.0)
+    late = threading.Timer(0.2, box.fetch)
+    late.start()
+    box.post(5)  # waits for the device
+    late.join()
     for n in (*range(1, 32), 5):
         box.fetch()
         assert box.head.tolist() == [n % 8, 0]

@@ -12,6 +12,7 @@ place of that number; the host fills the place of the next launch. So each launc
 
 from __future__ import annotations
 
+import time
 from array import array
 from typing import Any
 
@@ -31,6 +32,8 @@ if triton is not None:
 #: an earlier launch still reads is never overwritten.
 _PLACES = 64
 _AHEAD = _PLACES // 2
+#: A device that begins with nothing for so long, in seconds, will not.
+_PATIENCE = 5.0
 #: Rows that are fetched at a time, a power of two.
 _BLOCK = 512
 
@@ -159,7 +162,16 @@ class Mailbox(Control):
                 self._attribute(owners, start, skip)
             self._last = _word(tokens, start + tokens, self._place)
         if not self.repeat():
-            raise RuntimeError(f"{_AHEAD} replays of graphs have been told to the device and have not begun")
+            self._wait()
+            self.repeat()
+
+    def _wait(self) -> None:
+        """Until there is a place. No server runs so far ahead; whoever does is not kept, for the device has work."""
+        end = time.monotonic() + _PATIENCE
+        while self._posted - self._begun[0] >= _AHEAD:
+            if time.monotonic() > end:
+                raise RuntimeError(f"{_AHEAD} replays of graphs were posted, and none has begun for {_PATIENCE:g} s")
+            time.sleep(1e-4)
 
     def repeat(self) -> bool:
         """The next replay is as the last one. False, and nothing is posted, where too many have not begun."""

@@ -91,7 +91,7 @@ class Device:
             with self.recording(launched):
                 for layer in layers:
                     self.meter.observe(layer, self.memory[key][0][layer], self.memory[key][1][layer], key, span)
-                self.sealed[key].append((self.meter.seal(key), launched))
+                self.sealed[key].append((self.meter.end_capture(key), launched))
         self.capturing = False
 
     @contextlib.contextmanager
@@ -414,8 +414,8 @@ def test_a_capture_that_ends_as_another_graph_is_noticed_and_left_in_order() -> 
         for layer in range(LAYERS):
             device.meter.observe(layer, logits[layer], ids[layer], "a", Span())
     with pytest.raises(RuntimeError, match="seen in another graph than 'b'"):
-        device.meter.seal("b")
-    assert left == [True]
+        device.meter.end_capture("b")
+    assert left == [True] and device.meter.end_capture("a") is None
 
 
 class MemorySender:
@@ -487,7 +487,9 @@ def test_graphs_that_cannot_be_sealed_are_counted_after_their_replays() -> None:
     device.meter.before_capture(rows=24, most=8)
     device.capture("a", 16)  # larger than was said
     device.capture("b", 8, pieces=((0, 1), (2,)))
-    assert device.meter.seal("b") is None  # the end of a draft model's graph of the same name: no layer was seen in it
+    assert (
+        device.meter.end_capture("b") is None
+    )  # the end of a draft model's graph of the same name: no layer was seen in it
     assert sealed(device, "a") == [False] and sealed(device, "b") == [False, True]
     assert device.replay("a", 9) and device.replay("b", 2)
     device.check()

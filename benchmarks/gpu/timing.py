@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+#: The monitor's kernels, on a branch of their own in a graph.
+OURS = ("_fetch_kernel", "_meter_kernel")
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 #: Key of the monitor -> copy of the graph without the monitor's nodes; made ready by :func:`plain_replay`.
@@ -30,18 +32,18 @@ def keep_plain() -> None:
     from moe_monitor.capture.cuda import CudaMeter
     from moe_monitor.capture.driver import Driver
 
-    driver, seal = Driver(), CudaMeter.seal
+    driver, end_capture = Driver(), CudaMeter.end_capture
 
-    def sealing(self, key):
+    def ending(self, key):
         state = driver.capture_state(torch.cuda.current_stream().cuda_stream)
-        if state is not None and key[0] == "FULL":
+        if state is not None and key is not None and key[0] == "FULL":
             _PLAIN[key] = clone = driver.clone(state.graph)
-            for node in driver.nodes(clone):  # its branch is open by now
-                if driver.is_kernel(node) and driver.kernel_name(node) == "_fetch_kernel":
+            for node in driver.nodes(clone):
+                if driver.is_kernel(node) and driver.kernel_name(node) in OURS:
                     assert ctypes.CDLL("libcuda.so.1").cuGraphDestroyNode(ctypes.c_void_p(node)) == 0
-        return seal(self, key)
+        return end_capture(self, key)
 
-    CudaMeter.seal = sealing
+    CudaMeter.end_capture = ending
 
 
 def plain_replay(key: Any, otherwise: Callable[[], None]) -> Callable[[], None]:

@@ -2,10 +2,11 @@
 
 Python inside the model runs while a graph is captured and never when it is replayed. So every captured router's
 logits and ids are *retained*: the references keep their memory in the graph's pool from being handed out again, and
-one kernel reads all layers through a table of addresses. It is the last node of the graph that holds the last layer
-(:meth:`CudaMeter.seal`), so that a replay costs the host nothing but to write down how many tokens are real
-(:mod:`moe_monitor.capture.mailbox`). A graph that could not be sealed has the same kernel launched after its replay.
-Passes without a graph hand their tensors over directly and take the same kernel.
+one kernel reads all layers through a table of addresses. It is in the graph, on a branch that begins where the last
+router has decided, so that it runs beside the experts of the last layer and the GPU hardly takes longer; a replay costs
+the host nothing but to write down how many tokens are real (:mod:`moe_monitor.capture.mailbox`). Such a graph is called
+*sealed*. One that could not be sealed has the same kernel launched after its replay. Passes without a graph hand their
+tensors over directly and take the same kernel.
 
 Retaining is unsafe where compiled code reuses the memory of logits inside the graph (Inductor's buffer reuse happens
 below the allocator, references do not prevent it). That is a property of the compiled code, so it is looked for in the
@@ -99,10 +100,10 @@ class CudaMeter:
         self.seals_shards = False
         #: Whether every graph counts by itself, so that nobody needs to know which one is replayed.
         self.all_sealed = False
-        #: Whether :meth:`seal` and :meth:`leave` are called when a capture ends.
+        #: Whether :meth:`end_capture` is called when a capture ends.
         self.sealing = False
-        #: The graph under capture that will be sealed.
-        self._to_seal: Retained | None = None
+        #: The graph under capture that has the kernel in it.
+        self._sealed: Retained | None = None
         #: What the last replay was of, and told; None after one that did not count.
         self._told: Retained | None = None
         self._told_valid = 0
@@ -234,9 +235,7 @@ class CudaMeter:
         graph.tensors[layer] = (logits, ids)
         if self.capture != "ingraph":
             if layer == len(self.layers) - 1 and self._can_seal(graph):
-                assert self._mailbox is not None
-                self._to_seal = graph
-                self._mailbox.fork()
+                self._seal(graph)
             return
         assert self._launcher is not None
         assert self._control is not None
@@ -255,7 +254,7 @@ class CudaMeter:
 
     def _can_seal(self, graph: Retained) -> bool:
         mailbox, span, layers = self._mailbox, graph.span, len(self.layers)
-        if not self.sealing or self._to_seal is not None or mailbox is None or self._launcher is None or graph.sealed:
+        if not self.sealing or self._sealed is not None or mailbox is None or self._launcher is None or graph.sealed:
             return False
         if len(graph.tensors) != layers or not mailbox.has_room(layers):
             return False
@@ -268,35 +267,35 @@ class CudaMeter:
         """Tokens that the graph can have at most."""
         return min(graph.tensors[0][0].shape[0] - graph.span.start, graph.span.rows)
 
-    def seal(self, key: Hashable) -> Retained | None:
-        """The capture of the graph ``key``, or of a piece of it, is about to end: if all layers were seen by now, the
-        kernel that counts them is put there. Whoever replays it calls :meth:`before_replay` with what is returned
-        first. None: the capture goes on in another piece, it is another model's, or it cannot be sealed, and is counted
-        after its replays.
-        """
-        graph, mailbox = self._to_seal, self._mailbox
-        if graph is None or mailbox is None:
-            return None
-        self.leave()
+    def _seal(self, graph: Retained) -> None:
+        """The last router has decided: put the kernel into the graph under capture."""
+        mailbox, pairs = self._mailbox, graph.ordered()
+        assert mailbox is not None
         assert self._launcher is not None
-        if graph is not self._graphs.get(key):
-            raise RuntimeError(f"routers were seen in another graph than {key!r}, which ends")
-        self._launcher.launch(
-            mailbox.reserve(graph.ordered()),
-            self._most(graph),
-            row_start=graph.span.start,
-            strides=graph.strides,
-            n_valid_device=mailbox.head,
-            slot_of_row=None if self.tallies is None else mailbox.owners,
-        )
+        self._sealed = graph
+        with mailbox.branch():
+            self._launcher.launch(
+                mailbox.reserve(pairs),
+                self._most(graph),
+                row_start=graph.span.start,
+                strides=graph.strides,
+                n_valid_device=mailbox.head,
+                slot_of_row=None if self.tallies is None else mailbox.owners,
+            )
         graph.mailbox = mailbox
-        return graph
 
-    def leave(self) -> None:
-        """The current stream's capture is about to end, sealed or not: close what was opened in it."""
-        self._to_seal = None
+    def end_capture(self, key: Hashable | None) -> Retained | None:
+        """The capture of the graph ``key``, or of a piece of it, is about to end, which it cannot without this while a
+        branch is open. Returns what counts in it: whoever replays it calls :meth:`before_replay` with this first. None:
+        the capture goes on in another piece, it is another model's, or it could not be sealed, and is counted after its
+        replays.
+        """
+        graph, self._sealed = self._sealed, None
         if self._mailbox is not None:
             self._mailbox.join()
+        if graph is not None and graph is not self._graphs.get(key):
+            raise RuntimeError(f"routers were seen in another graph than {key!r}, which ends")
+        return graph
 
     def repeats(self, graph: Retained) -> bool:
         """Whether :meth:`before_replay` has nothing to tell, for the pass is as the last one was; then that is done."""
@@ -341,7 +340,7 @@ class CudaMeter:
         """
         self._graphs.clear()
         self._told, self.clean, self.all_sealed = None, False, False
-        self._mailbox, self._to_seal = None, None
+        self._mailbox, self._sealed = None, None
         if self._launcher is None or self.capture == "ingraph":
             return
         self._acquit()

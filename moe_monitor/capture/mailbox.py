@@ -3,8 +3,8 @@
 
 Between two passes of a server all that such a call touches leaves the processor's caches: 35 to 60 us for a few bytes
 on the host of an H100, where it takes 4 in a loop. So the host only writes to its own memory, and the graph fetches it
-over the bus: a kernel of one program on a branch of its own, beside the experts of the last layer. What it copies to
-the device's memory is there when the counting kernel begins, where the branches join.
+over the bus: a kernel of one program, at the head of a branch of the graph's own (:meth:`Mailbox.branch`). It leaves
+what it fetched in the device's memory, where the kernel behind it on the branch finds it.
 
 The host runs ahead of the device, so there are many places. A graph that fetches counts its launches, and looks in the
 place of that number; the host fills the place of the next launch. So each launch must be posted, whatever it is for.
@@ -12,8 +12,10 @@ place of that number; the host fills the place of the next launch. So each launc
 
 from __future__ import annotations
 
+import contextlib
 import time
 from array import array
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -88,8 +90,7 @@ def compile_fetch() -> None:
 class Mailbox(Control):
     """For graphs that count by themselves. ``rows``: that a router sees, at most.
 
-    Of a graph's capture :meth:`fork` and :meth:`join` belong to it. Raises DriverError where the device does not read
-    the host's memory. Waits for the device.
+    Raises DriverError where the device does not read the host's memory. Waits for the device.
     """
 
     @torch.inference_mode(False)
@@ -130,18 +131,23 @@ class Mailbox(Control):
         arguments: tuple[Any, ...] = (self._fetched, self.head, self.owners, *self._at_host, self.rows)
         _fetch_kernel[(1,)](*arguments, _PLACES, _BLOCK)
 
-    def fork(self) -> None:
-        """The current stream is under capture: what the counting kernel needs is fetched from here on."""
+    @contextlib.contextmanager
+    def branch(self) -> Iterator[None]:
+        """The current stream is under capture. What is launched within this goes to a branch that begins here, after
+        what was posted is fetched; what the current stream is given afterwards runs beside it, until :meth:`join`.
+        """
         if self._side is None:
             self.fetch()
+            yield
             return
         self._side.wait_stream(torch.cuda.current_stream(self._side.device))
         self._branch = self._side
         with torch.cuda.stream(self._side):
             self.fetch()
+            yield
 
     def join(self) -> None:
-        """What comes next on the current stream comes after what was fetched. A capture can only end after this."""
+        """What comes next on the current stream comes after the branch. A capture can only end when this was called."""
         branch, self._branch = self._branch, None
         if branch is not None:
             torch.cuda.current_stream(branch.device).wait_stream(branch)

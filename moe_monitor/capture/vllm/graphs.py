@@ -1,6 +1,6 @@
 """Seam: the moment in which vLLM's capture of a CUDA graph ends, and the graph's replays.
 
-At that moment the last node can still be added, the kernel that counts the pass, and a copy for timing can be made.
+At that moment the branch that counts the pass must be closed, and a copy for timing can be made.
 """
 
 from __future__ import annotations
@@ -33,17 +33,13 @@ def capturing(capture: Capture) -> Iterator[None]:
             if not capture.fuse.blown:
                 key = graph_key()
                 key = capture.capturing if key is None else key
-        if key is not None:
-            if timing is not None:
-                timing.note_end(key)  # before the node that is ours
-            with capture.fuse.guard("record", serving=False):
-                if isinstance(capture.meter, CudaMeter):
-                    sealed = capture.meter.seal(key)
-            if timing is not None:
-                timing.lay_twin_aside(graph, key)
+        if key is not None and timing is not None:
+            timing.note_end(key)  # before the branch that is ours comes back
         with capture.fuse.guard("record", serving=False):
             if isinstance(capture.meter, CudaMeter):
-                capture.meter.leave()  # whatever failed above: a capture with an open branch cannot end
+                sealed = capture.meter.end_capture(key)
+        if key is not None and timing is not None:
+            timing.lay_twin_aside(graph, key)
         original(graph)
         if sealed is not None:
             with capture.fuse.guard("record", serving=False):

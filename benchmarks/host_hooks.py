@@ -84,7 +84,7 @@ def launcher(meter: CudaMeter, tallies: DeviceTallies) -> Launcher:
     made._direct = True
     made._handles = tuple(t.data_ptr() for t in made._tensors)
     made._compiled = dict.fromkeys((False, True), (nothing, None, None))
-    tallies._sender = NoSender()  # type: ignore[assignment]
+    tallies._ring._sender = NoSender()  # type: ignore[assignment]
     return made
 
 
@@ -115,14 +115,13 @@ def capture_of(ratio: float, descriptors: list[BatchDescriptor], *, sealed: bool
     meter._device, meter._pinned, meter._stream = torch.device("cpu"), False, None
     meter._rows = torch.zeros((LAYERS, meter.layout.width), dtype=torch.int64)
     meter._launcher = launcher(meter, tallies)
-    meter._sender = NoSender()
-    meter._mailbox = KeepsUp(torch.device("cpu"), 1 << 15, LAYERS, meter._sender)  # type: ignore[arg-type]
+    meter.graphs.mailbox = KeepsUp(torch.device("cpu"), 1 << 15, LAYERS, NoSender())  # type: ignore[arg-type]
     meter.clean = sealed  # as after a pass on a GPU
     for descriptor in descriptors:
         pair = (torch.zeros((8, EXPERTS), dtype=torch.bfloat16), torch.zeros((8, TOP_K), dtype=torch.int32))
         graph = Retained(Span(), dict.fromkeys(range(LAYERS), pair), table=torch.zeros((LAYERS, 2), dtype=torch.int64))
-        graph.strides, graph.mailbox = (EXPERTS, TOP_K), meter._mailbox if sealed else None
-        meter._graphs[CUDAGraphMode.FULL.name, descriptor] = graph
+        graph.strides, graph.mailbox = (EXPERTS, TOP_K), meter.graphs.mailbox if sealed else None
+        meter.graphs.found[CUDAGraphMode.FULL.name, descriptor] = graph
     capture.tracer = Tracer(tallies, ratio, capture.fuse.status, possible=lambda: meter.capture != "ingraph")
     capture.timing = Timing(capture, [(i, None) for i in range(LAYERS)], 200, Work(1), EXPERTS)
     capture.timing.clock = HostClock(LAYERS, 1 << 40, Work(1), EXPERTS)
@@ -185,7 +184,7 @@ def measure(concurrency: int, passes: int, ratio: float, *, cold: bool, sealed: 
     descriptors = {tokens: BatchDescriptor(num_tokens=tokens) for _, _, tokens in steps}
     capture = capture_of(ratio, list(descriptors.values()), sealed=sealed)
     assert isinstance(capture.meter, CudaMeter)
-    graphs = {tokens: capture.meter._graphs[CUDAGraphMode.FULL.name, d] for tokens, d in descriptors.items()}
+    graphs = {tokens: capture.meter.graphs.found[CUDAGraphMode.FULL.name, d] for tokens, d in descriptors.items()}
     other_work = OtherWork() if cold else nothing
     contexts = {
         tokens: ForwardContext(
@@ -213,7 +212,7 @@ def measure(concurrency: int, passes: int, ratio: float, *, cold: bool, sealed: 
             if sealed:
                 capture.before_replay(graphs[tokens])
             e = clock()
-            capture.meter._mailbox.fetch()
+            capture.meter.graphs.mailbox.fetch()
             other_work()
             f = clock()
             capture.end_pass(tokens)

@@ -63,7 +63,7 @@ class Device:
         self.meter = CudaMeter(range(LAYERS), EXPERTS, TOP_K, "softmax", is_capturing=lambda: self.capturing, **options)
         self.expected = torch.zeros((LAYERS, LAYOUT.width), dtype=torch.int64)
         self.memory, self.sealed = {}, {}
-        self.meter.sealing = True
+        self.meter.graphs.sealing = True
         torch.manual_seed(0)
 
     def decide(self, rows):
@@ -91,13 +91,13 @@ class Device:
             with self.recording(launched):
                 for layer in layers:
                     self.meter.observe(layer, self.memory[key][0][layer], self.memory[key][1][layer], key, span)
-                self.sealed[key].append((self.meter.end_capture(key), launched))
+                self.sealed[key].append((self.meter.graphs.end_capture(key), launched))
         self.capturing = False
 
     @contextlib.contextmanager
     def recording(self, launched):
         """What would be launched goes to ``launched`` as it does into a graph: in-graph capture is looked at apart."""
-        kernels = [(self.meter._launcher, "launch"), (self.meter._mailbox, "fetch")]
+        kernels = [(self.meter._launcher, "launch"), (self.meter.graphs.mailbox, "fetch")]
         kernels = [(of, name) for of, name in kernels if of is not None]
         for of, name in kernels:
             run = getattr(of, name)
@@ -211,8 +211,8 @@ def test_sealed_graphs_count_by_themselves() -> None:
     assert sealed(device, "a") == [True] and sealed(device, "b") == [False, False, True]
     device.check()
     told = []
-    post = device.meter._mailbox.post
-    device.meter._mailbox.post = lambda *args: (told.append(args), post(*args))
+    post = device.meter.graphs.mailbox.post
+    device.meter.graphs.mailbox.post = lambda *args: (told.append(args), post(*args))
     for _ in range(3):
         assert device.replay("a", 13)
         device.dummy("b")
@@ -296,15 +296,15 @@ def test_whose_the_rows_are_is_written_down_when_it_has_changed_and_not_else() -
     written = []
     device.owners(0, -1, 3)
     assert device.replay("a", 3)
-    written.append(device.meter._mailbox._place)
+    written.append(device.meter.graphs.mailbox._place)
     assert device.replay("a", 3) and device.replay("a", 3)
-    written.append(device.meter._mailbox._place)
+    written.append(device.meter.graphs.mailbox._place)
     device.owners(0, -1, 3)  # another batch, as far as anybody knows
     assert device.replay("a", 3)
-    written.append(device.meter._mailbox._place)
+    written.append(device.meter.graphs.mailbox._place)
     device.owners(-1, -1, -1)
     assert device.replay("a", 3) and device.replay("a", 3)
-    written.append(device.meter._mailbox._place)
+    written.append(device.meter.graphs.mailbox._place)
     assert np.diff(written).tolist() == [0, 1, 0]
     device.check()
     device.check_requests([0, 1, 2])
@@ -382,7 +382,7 @@ def test_a_device_that_does_not_see_the_hosts_memory_is_counted_on_after_its_rep
 
     device = Device()
     device.warm_up(8)
-    device.meter._sender = Elsewhere()
+    device.meter.graphs._sender = Elsewhere()
     device.meter.before_capture(rows=8, most=8)
     assert "counts after the replays" in caplog.text and "does not read the host's memory" in caplog.text
     device.capture("a", 8)
@@ -395,7 +395,7 @@ def test_a_graph_is_sealed_only_where_the_end_of_its_capture_is_seen() -> None:
     device = Device()
     device.warm_up(8)
     device.meter.before_capture(rows=8, most=8)
-    device.meter.sealing = False
+    device.meter.graphs.sealing = False
     device.capture("a", 8)
     assert sealed(device, "a") == [False] and device.replay("a", 5)
     device.check()
@@ -406,16 +406,16 @@ def test_a_capture_that_ends_as_another_graph_is_noticed_and_left_in_order() -> 
     device = Device()
     device.warm_up(8)
     device.meter.before_capture(rows=8, most=8)
-    left, join = [], device.meter._mailbox.join
-    device.meter._mailbox.join = lambda: (left.append(True), join())
+    left, join = [], device.meter.graphs.mailbox.join
+    device.meter.graphs.mailbox.join = lambda: (left.append(True), join())
     device.capturing = True
     logits, ids = device.decide(8)
     with device.recording([]):
         for layer in range(LAYERS):
             device.meter.observe(layer, logits[layer], ids[layer], "a", Span())
     with pytest.raises(RuntimeError, match="seen in another graph than 'b'"):
-        device.meter.end_capture("b")
-    assert left == [True] and device.meter.end_capture("a") is None
+        device.meter.graphs.end_capture("b")
+    assert left == [True] and device.meter.graphs.end_capture("a") is None
 
 
 class MemorySender:
@@ -446,9 +446,9 @@ def test_the_short_way_to_the_device_sends_what_torch_does_and_no_more() -> None
 def test_a_pass_without_a_graph_is_counted_by_the_short_way_too() -> None:
     device = Device()
     device.warm_up(8)
-    device.meter._sender = MemorySender()
+    device.meter._ring._sender = sender = MemorySender()
     assert device.eager(5) and device.eager(3, rows=8)
-    assert device.meter._sender.sent == [LAYERS * 16] * 2
+    assert sender.sent == [LAYERS * 16] * 2
     device.check()
 
 
@@ -459,8 +459,9 @@ def test_addresses_on_their_way_are_not_overwritten_where_every_layer_sends_its_
     meter = CudaMeter(range(layers), EXPERTS, TOP_K, "softmax", **options)
     logits, ids = torch.randn(2, EXPERTS), torch.arange(2 * TOP_K, dtype=torch.int32).reshape(2, TOP_K)
     meter.observe(0, logits, ids, None, Span())  # a warm-up pass
-    meter._sender, places = MemorySender(), []
-    meter._sender.copy = lambda target, source, size: (places.append(source), ctypes.memmove(target, source, size))
+    sender, places = MemorySender(), []
+    meter._ring._sender = sender
+    sender.copy = lambda target, source, size: (places.append(source), ctypes.memmove(target, source, size))
     for _ in range(passes):
         meter.begin_pass(2)
         for layer in range(layers):
@@ -477,7 +478,7 @@ def test_tokens_that_the_runner_drops_are_not_counted_inside_a_graph_either() ->
     device.meter.before_capture(rows=16)
     device.meter.begin_pass(5)
     device.meter.set_valid(3)
-    assert device.meter._control.head[0].item() == 3
+    assert device.meter.graphs.control.head[0].item() == 3
 
 
 @interpreted
@@ -487,9 +488,8 @@ def test_graphs_that_cannot_be_sealed_are_counted_after_their_replays() -> None:
     device.meter.before_capture(rows=24, most=8)
     device.capture("a", 16)  # larger than was said
     device.capture("b", 8, pieces=((0, 1), (2,)))
-    assert (
-        device.meter.end_capture("b") is None
-    )  # the end of a draft model's graph of the same name: no layer was seen in it
+    # the end of a draft model's graph of the same name: no layer was seen in it
+    assert device.meter.graphs.end_capture("b") is None
     assert sealed(device, "a") == [False] and sealed(device, "b") == [False, True]
     assert device.replay("a", 9) and device.replay("b", 2)
     device.check()
@@ -507,7 +507,7 @@ def test_a_graph_that_outlives_a_new_capture_still_has_what_its_kernel_reads() -
     device.capture("b", 8)
     assert device.replay("b", 5)
     fetch, count = launched
-    assert old.mailbox is not device.meter._mailbox
+    assert old.mailbox is not device.meter.graphs.mailbox
     assert fetch.func.__self__ is old.mailbox
     assert count.keywords["n_valid_device"].data_ptr() == old.mailbox.head.data_ptr()
     device.sealed["old"], device.memory["old"] = [(old, launched)], device.memory["a"]
@@ -581,14 +581,14 @@ def test_where_retaining_is_not_possible_the_kernel_goes_into_the_graph(why) -> 
     device.capture("a", 8)
     assert not device.meter.read_rows().any()
     device.meter.begin_pass(5)
-    assert device.meter._control.head[0].item() == 5
+    assert device.meter.graphs.control.head[0].item() == 5
     logits, ids = device.memory["a"]
     for layer in range(LAYERS):  # what the replayed graph does
         device.meter._launcher.launch(
-            device.meter._control._table[layer : layer + 1],
+            device.meter.graphs.control._table[layer : layer + 1],
             8,
-            row_of=device.meter._row_of[layer : layer + 1],
-            n_valid_device=device.meter._control.head,
+            row_of=device.meter.graphs._row_of[layer : layer + 1],
+            n_valid_device=device.meter.graphs.control.head,
         )
     assert device.meter.end_pass("a", 5)
     device.count(logits, ids, 0, 5)
@@ -638,7 +638,7 @@ class TracingDevice(Device):
 )
 def test_traced_requests_are_tallied_in_replays_and_without_graphs(most, shards) -> None:
     device = TracingDevice()
-    device.meter.seals_shards = shards
+    device.meter.graphs.seals_shards = shards
     device.warm_up(8)
     device.meter.before_capture(rows=40, most=most)
     device.capture("a", 8)

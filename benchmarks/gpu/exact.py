@@ -137,14 +137,14 @@ def main() -> None:
         "host_us_per_pass": round(1e6 * capture.fuse.status.hook_seconds / max(1, reading.passes), 1),
     }
     if capture.meter is not None:
-        graphs = capture.meter._graphs.values()
+        graphs = capture.meter.graphs.found.values()
         result["graphs"], result["sealed"] = len(graphs), sum(graph.sealed for graph in graphs)
-        box = capture.meter._mailbox
+        box = capture.meter.graphs.mailbox
         if box is not None:  # what was posted, and what the device has begun: the same, now that it has worked it off
             result["posted"], result["begun"] = box._posted, box._begun[0]
         layout = capture.meter.layout
         result["tokens"] = int(layout.column(reading.rows, "tokens").max())
-        result["retained_mib"] = round(getattr(capture.meter, "retained_bytes", 0) / 2**20, 1)
+        result["retained_mib"] = round(capture.meter.graphs.retained_bytes / 2**20, 1)
         entropy = layout.column(reading.rows, "entropy_sum").sum() / 2**20 / layout.column(reading.rows, "tokens").sum()
         result["entropy"] = round(float(entropy), 4)
         if not args.no_shadow:

@@ -118,7 +118,7 @@ BESIDE = ("Memcpy", "Memset", "_fetch_kernel", "_meter_kernel")
 
 def launch(twin, capture) -> None:
     """A twin by itself, which counts no tokens."""
-    capture.meter._mailbox.post(0)
+    capture.meter.graphs.mailbox.post(0)
     twin.launch(torch.cuda.current_stream().cuda_stream)
 
 

@@ -167,7 +167,7 @@ def main() -> None:
         "family": args.family,
         "runner": type(runner).__module__.rsplit(".", 2)[-2],
         "capture": capture.fuse.status.capture,
-        "sealed": [sum(g.sealed for g in capture.meter._graphs.values()), len(capture.meter._graphs)],
+        "sealed": [sum(g.sealed for g in capture.meter.graphs.found.values()), len(capture.meter.graphs.found)],
         "active": capture.fuse.status.active,
         "reason": capture.fuse.status.reason,
         "options": args.option + ["speculate"] * args.speculate,

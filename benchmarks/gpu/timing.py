@@ -29,10 +29,10 @@ _READY: dict[Any, int] = {}
 
 def keep_plain() -> None:
     """To be called before the model is loaded."""
-    from moe_monitor.capture.cuda import CudaMeter
+    from moe_monitor.capture.captured import Graphs
     from moe_monitor.capture.driver import Driver
 
-    driver, end_capture = Driver(), CudaMeter.end_capture
+    driver, end_capture = Driver(), Graphs.end_capture
 
     def ending(self, key):
         state = driver.capture_state(torch.cuda.current_stream().cuda_stream)
@@ -43,7 +43,7 @@ def keep_plain() -> None:
                     assert ctypes.CDLL("libcuda.so.1").cuGraphDestroyNode(ctypes.c_void_p(node)) == 0
         return end_capture(self, key)
 
-    CudaMeter.end_capture = ending
+    Graphs.end_capture = ending
 
 
 def plain_replay(key: Any, otherwise: Callable[[], None]) -> Callable[[], None]:
@@ -129,7 +129,7 @@ class Decode:
         capture.trace_rows(self.batch, tokens, self._scheduled, tokens, "num_computed_tokens_cpu")
         if replay is not None:
             replay()
-        elif (graph := capture.meter._graphs.get(self._key)) is not None and graph.sealed:
+        elif (graph := capture.meter.graphs.found.get(self._key)) is not None and graph.sealed:
             posted = graph.mailbox._posted
             capture.before_replay(graph)
             graph.mailbox._posted = posted  # no launch will fetch it
@@ -320,5 +320,5 @@ def prefill(llm, runner, capture, vocabulary: int, rounds: int = 14) -> Iterator
             "work_range_us": [round(1000 * min(work), 1), round(1000 * max(work), 1)],
             "ratio_of_work": round(1 + statistics.median(a / b for a, b in zip(work, bare, strict=True)), 4),
             "active": capture.fuse.status.active,
-            "retained_mib": round(getattr(capture.meter, "retained_bytes", 0) / 2**20, 1),
+            "retained_mib": round(capture.meter.graphs.retained_bytes / 2**20, 1),
         }

@@ -2,11 +2,10 @@
 
 Python inside the model runs while a graph is captured and never when it is replayed. So every captured router's
 logits and ids are *retained*: the references keep their memory in the graph's pool from being handed out again, and
-one kernel reads all layers through a table of addresses. It is in the graph, on a branch that begins where the last
-router has decided, so that it runs beside the experts of the last layer and the GPU hardly takes longer; a replay costs
-the host nothing but to write down how many tokens are real (:mod:`moe_monitor.capture.mailbox`). Such a graph is called
-*sealed*. One that could not be sealed has the same kernel launched after its replay. Passes without a graph hand their
-tensors over directly and take the same kernel.
+one kernel reads all layers through a table of addresses. It is in the graph (:mod:`moe_monitor.capture.captured`), and
+a replay costs the host nothing but to write down how many tokens are real (:mod:`moe_monitor.capture.mailbox`). A graph
+that cannot have it has the same kernel launched after its replay. Passes without a graph hand their tensors over
+directly and take the same kernel.
 
 Retaining is unsafe where compiled code reuses the memory of logits inside the graph (Inductor's buffer reuse happens
 below the allocator, references do not prevent it). That is a property of the compiled code, so it is looked for in the
@@ -17,7 +16,6 @@ and the number of valid tokens is read on the device.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -28,22 +26,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_monitor.capture.ahead import PATIENCE, compile_beside
-from moe_monitor.capture.control import Control
-from moe_monitor.capture.driver import DriverError
+from moe_monitor.capture.captured import Graphs
 from moe_monitor.capture.kernels import Launcher
-from moe_monitor.capture.mailbox import Mailbox
-from moe_monitor.capture.retained import Retained, Span, checksum
-from moe_monitor.capture.sending import Sender, sender
+from moe_monitor.capture.retained import Retained, Span, Suspects
+from moe_monitor.capture.sending import Ring, sender
 from moe_monitor.capture.tallies import DeviceTallies, Owners
 from moe_monitor.layout import RowLayout
-
-logger = logging.getLogger("vllm.moe_monitor")
 
 #: Addresses of this many passes without a graph may be on their way to the device at once; a pass sends up to once a
 #: layer.
 _PASSES = 4
-#: Graphs whose addresses kernels inside of them can look up.
-_GRAPHS = 512
 
 
 class CudaMeter:
@@ -86,24 +78,11 @@ class CudaMeter:
         self._pending: dict[int, tuple[Tensor, Tensor, Span]] = {}
         self._pending_bytes = 0
         self._done: set[int] = set()
-        self._graphs: dict[Hashable, Retained] = {}
-        self._suspects: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self.graphs = Graphs(len(self.layers), traced=tallies is not None)
+        self._suspects = Suspects(pending_limit)
         self._is_capturing = is_capturing
-        #: What kernels inside of graphs read: with in-graph capture, and of graphs that count by themselves.
-        self._control: Control | None = None
-        self._mailbox: Mailbox | None = None
-        self._sender: Sender | None = None
         #: The sealed graph that was replayed in this pass.
         self.counted: Retained | None = None
-        #: Whether graphs are sealed whose routers see other ranks' rows, or a part of this one's. They are counted
-        #: after their replays: sealed they were seen to count right in Triton's interpreter only.
-        self.seals_shards = False
-        #: Whether every graph counts by itself, so that nobody needs to know which one is replayed.
-        self.all_sealed = False
-        #: Whether :meth:`end_capture` is called when a capture ends.
-        self.sealing = False
-        #: The graph under capture that has the kernel in it.
-        self._sealed: Retained | None = None
         #: What the last replay was of, and told; None after one that did not count.
         self._told: Retained | None = None
         self._told_valid = 0
@@ -137,9 +116,8 @@ class CudaMeter:
         device, layers = logits.device, len(self.layers)
         self._device = device
         self._logit_bytes, self._id_bytes = logits.element_size(), ids.element_size()
-        self._sender = sender(device)
+        short_way = sender(device)
         self._rows = torch.zeros((layers, self.layout.width), dtype=torch.int64, device=device)
-        self._row_of = torch.arange(layers, dtype=torch.int32, device=device)
         self._launcher = launcher = Launcher(
             self._rows,
             logits_dtype=logits.dtype,
@@ -147,39 +125,19 @@ class CudaMeter:
             experts=self.layout.experts,
             top_k=self.top_k,
             scoring=self.scoring,
-            tallies=None if self.tallies is None else self.tallies.set_up(device, self._sender),
+            tallies=None if self.tallies is None else self.tallies.set_up(device, short_way),
         )
         if self._compiling is not None:
             self._compiling.join(PATIENCE)
         launcher.warm_up()
-        self._unsafe = torch.zeros((), dtype=torch.bool, device=device)
         # Triton's interpreter runs all this on a CPU, for tests
         self._pinned = device.type == "cuda"
         self._host_rows = torch.empty_like(self._rows, device="cpu", pin_memory=self._pinned)
-        ring = max(16, _PASSES * layers)
-        self._ring = torch.empty((ring, layers, 2), dtype=torch.int64, pin_memory=self._pinned)
-        self._ring_device = torch.empty((ring, layers, 2), dtype=torch.int64, device=device)
-        #: Places of the ring: on the host as numpy, where they lie there, on the device and where they lie there.
-        self._ring_places = [
-            (host.numpy(), host.data_ptr(), there, there.data_ptr())
-            for host, there in zip(self._ring, self._ring_device, strict=True)
-        ]
-        self._ring_at = 0
+        self._ring = Ring(device, max(16, _PASSES * layers), (layers, 2), torch.int64, short_way)
+        self.graphs.set_up(launcher, device, short_way)
         if self.capture == "ingraph":
-            self._set_up_inside(0)
+            self.graphs.count_inside()
         return launcher
-
-    @torch.inference_mode(False)
-    def _set_up_inside(self, rows: int) -> None:
-        """What kernels inside graphs of up to ``rows`` rows read: made before the capture, out of the graphs' pool."""
-        addresses = _GRAPHS * len(self.layers)
-        if self.capture == "ingraph":
-            self._control = Control(self._device, addresses, self._sender)
-            return
-        try:
-            self._mailbox = Mailbox(self._device, rows, addresses, self._sender)
-        except DriverError as error:
-            logger.warning("moe-monitor counts after the replays of CUDA graphs and not within them: %s", error)
 
     # what the routers say
 
@@ -191,14 +149,14 @@ class CudaMeter:
     def observe(self, layer: int, logits: Tensor, ids: Tensor, key: Hashable, span: Span) -> None:
         """One layer's decision. ``key`` names the graph being captured; it is not looked at otherwise."""
         if self._is_capturing():
-            self._capturing(layer, logits, ids, key, span)
+            self.graphs.note(layer, logits, ids, key, span)
         elif self.valid:
             self.collect(layer, logits, ids, span)
         else:
             self.clean = False
             if self._launcher is None:
                 self._set_up(logits, ids)
-            self._suspect(layer, logits, ids)
+            self._suspects.note(layer, logits, ids)
 
     def collect(self, layer: int, logits: Tensor, ids: Tensor, span: Span) -> None:
         """One layer's decision in a real pass, in which no graph is captured."""
@@ -213,89 +171,6 @@ class CudaMeter:
         self._pending_bytes += logits.nbytes + ids.nbytes
         if self._pending_bytes > self._pending_limit:
             self._work_off(self.valid)
-
-    def _suspect(self, layer: int, logits: Tensor, ids: Tensor) -> None:
-        if layer in self._suspects or self._pending_bytes > self._pending_limit:
-            self._acquit()
-        self._suspects[layer] = (logits, checksum(logits), ids, checksum(ids))
-        self._pending_bytes += logits.nbytes + ids.nbytes
-
-    def _acquit(self) -> None:
-        """A warm-up pass is over: compare, on the device, without waiting."""
-        for logits, logits_sum, ids, ids_sum in self._suspects.values():
-            self._unsafe |= (checksum(logits) != logits_sum) | (checksum(ids) != ids_sum)
-        self._suspects.clear()
-        self._pending_bytes = 0
-
-    def _capturing(self, layer: int, logits: Tensor, ids: Tensor, key: Hashable, span: Span) -> None:
-        graph = self._graphs.get(key)
-        if graph is None or layer in graph.tensors:  # captured anew: the old graph is gone
-            graph = self._graphs[key] = Retained(span)
-            self.all_sealed = False
-        graph.tensors[layer] = (logits, ids)
-        if self.capture != "ingraph":
-            if layer == len(self.layers) - 1 and self._can_seal(graph):
-                self._seal(graph)
-            return
-        assert self._launcher is not None
-        assert self._control is not None
-        if not self._control.has_room(1):
-            raise RuntimeError(f"more than {_GRAPHS} graphs were captured")
-        if span.skip:
-            raise RuntimeError("capture inside the graph does not know sequence-parallel shards")
-        self._launcher.launch(
-            self._control.reserve([(logits, ids)]),
-            min(logits.shape[0] - span.start, span.rows),
-            row_start=span.start,
-            row_of=self._row_of[layer : layer + 1],
-            strides=(logits.stride(0), ids.stride(0)),
-            n_valid_device=self._control.head,
-        )
-
-    def _can_seal(self, graph: Retained) -> bool:
-        mailbox, span, layers = self._mailbox, graph.span, len(self.layers)
-        if not self.sealing or self._sealed is not None or mailbox is None or self._launcher is None or graph.sealed:
-            return False
-        if len(graph.tensors) != layers or not mailbox.has_room(layers):
-            return False
-        if (span.start or span.skip) and not self.seals_shards:
-            return False
-        return span.start + self._most(graph) <= mailbox.rows
-
-    @staticmethod
-    def _most(graph: Retained) -> int:
-        """Tokens that the graph can have at most."""
-        return min(graph.tensors[0][0].shape[0] - graph.span.start, graph.span.rows)
-
-    def _seal(self, graph: Retained) -> None:
-        """The last router has decided: put the kernel into the graph under capture."""
-        mailbox, pairs = self._mailbox, graph.ordered()
-        assert mailbox is not None
-        assert self._launcher is not None
-        self._sealed = graph
-        with mailbox.branch():
-            self._launcher.launch(
-                mailbox.reserve(pairs),
-                self._most(graph),
-                row_start=graph.span.start,
-                strides=graph.strides,
-                n_valid_device=mailbox.head,
-                slot_of_row=None if self.tallies is None else mailbox.owners,
-            )
-        graph.mailbox = mailbox
-
-    def end_capture(self, key: Hashable | None) -> Retained | None:
-        """The capture of the graph ``key``, or of a piece of it, is about to end, which it cannot without this while a
-        branch is open. Returns what counts in it: whoever replays it calls :meth:`before_replay` with this first. None:
-        the capture goes on in another piece, it is another model's, or it could not be sealed, and is counted after its
-        replays.
-        """
-        graph, self._sealed = self._sealed, None
-        if self._mailbox is not None:
-            self._mailbox.join()
-        if graph is not None and graph is not self._graphs.get(key):
-            raise RuntimeError(f"routers were seen in another graph than {key!r}, which ends")
-        return graph
 
     def repeats(self, graph: Retained) -> bool:
         """Whether :meth:`before_replay` has nothing to tell, for the pass is as the last one was; then that is done."""
@@ -327,25 +202,18 @@ class CudaMeter:
             self._told_valid = self.valid
             self._told_owners = None if self.tallies is None else self.tallies.owners
 
-    @property
-    def retained_bytes(self) -> int:
-        """Device memory that is held because graphs write routing decisions to it."""
-        return sum(t.nbytes for graph in self._graphs.values() for pair in graph.tensors.values() for t in pair)
-
-    # before and after the capture of graphs
+    # before the capture of graphs
 
     def before_capture(self, rows: int, most: int = 0) -> None:
         """Decide how to capture; ``rows`` is the sum of rows over all graphs to come, ``most`` those of the largest.
         Waits for the device.
         """
-        self._graphs.clear()
-        self._told, self.clean, self.all_sealed = None, False, False
-        self._mailbox, self._sealed = None, None
+        self.graphs.forget()
+        self._told, self.clean = None, False
         if self._launcher is None or self.capture == "ingraph":
             return
-        self._acquit()
         reasons = []
-        if bool(self._unsafe.item()):
+        if self._suspects.found():
             reasons.append("compiled code reuses the memory of router logits")
         per_row = len(self.layers) * (self.layout.experts * self._logit_bytes + self.top_k * self._id_bytes)
         if rows * per_row > self._memory_limit:
@@ -355,38 +223,35 @@ class CudaMeter:
             if self._forced == "retain":
                 raise RuntimeError(f"MOE_MONITOR_CAPTURE=retain is not possible: {self.fallback}")
             self.capture = "ingraph"
-        self._set_up_inside(most)
-
-    def after_capture(self) -> None:
-        """All graphs are captured."""
-        self.all_sealed = bool(self._graphs) and all(graph.sealed for graph in self._graphs.values())
+            self.graphs.count_inside()
+        else:
+            self.graphs.seal(most)
 
     # the step
 
     def begin_pass(self, tokens: int) -> None:
         """A real pass of ``tokens`` tokens is about to run."""
-        if self._suspects:
-            self._acquit()
+        self._suspects.look()
         self._pending.clear()
         self._done.clear()
         self._pending_bytes = 0
         self.counted = None
         self.valid = tokens
         self.clean = self.capture == "retain" and self._stream is not None
-        if self._control is not None:
-            self._control.tell(tokens)
+        if self.graphs.control is not None:
+            self.graphs.control.tell(tokens)
 
     def set_valid(self, tokens: int) -> None:
         """The pass that has begun has so many tokens, fewer than were scheduled; before its first router."""
         self.valid = tokens
-        if self._control is not None:
-            self._control.tell(tokens)
+        if self.graphs.control is not None:
+            self.graphs.control.tell(tokens)
 
     def begin_dummy(self) -> None:
         """A pass that must not be counted is about to run."""
         self.valid = 0
-        if self._control is not None:
-            self._control.tell(0)
+        if self.graphs.control is not None:
+            self.graphs.control.tell(0)
 
     def end_pass(self, key: Hashable | None, tokens: int) -> bool:
         """The pass has run, replaying the graph ``key`` (None: without a graph), and had ``tokens`` real tokens.
@@ -405,8 +270,8 @@ class CudaMeter:
             if tokens != told or self._pending:
                 raise RuntimeError(f"{told} tokens were counted in a graph, the pass had {tokens}")
         elif key is not None and not self._pending:
-            graph = self._graphs.get(key)
-            if graph is None or len(graph.tensors) != len(self.layers):
+            graph = self.graphs.complete(key)
+            if graph is None:
                 return False
             if graph.sealed:
                 raise RuntimeError("a sealed graph was replayed by other means than its own")
@@ -421,23 +286,15 @@ class CudaMeter:
 
     def _after_replay(self, graph: Retained, tokens: int) -> None:
         assert self._launcher is not None
-        if graph.table is None:
-            self._finish(graph)
-        assert graph.table is not None
-        span, n = graph.span, graph.span.valid(tokens)
+        table, span, n = self.graphs.table_of(graph), graph.span, graph.span.valid(tokens)
         owners = self._owners(span, n)
-        self._launcher.launch(graph.table, n, row_start=span.start, strides=graph.strides, slot_of_row=owners)
+        self._launcher.launch(table, n, row_start=span.start, strides=graph.strides, slot_of_row=owners)
 
     def _owners(self, span: Span, n: int) -> Tensor | None:
         """Whose the rows are that a launch counts, where requests are traced."""
         if self.tallies is None or self.capture == "ingraph":
             return None
         return self.tallies.rows(span.start, span.skip, n)
-
-    def _finish(self, graph: Retained) -> None:
-        """First replay of a graph that is not sealed: its addresses go to the device."""
-        addresses = torch.tensor([(a.data_ptr(), b.data_ptr()) for a, b in graph.ordered()], dtype=torch.int64)
-        graph.table = addresses.to(self._device)
 
     def _work_off(self, tokens: int) -> None:
         """Count the decisions at hand of a pass without a graph."""
@@ -453,17 +310,10 @@ class CudaMeter:
             if (logits.stride(), ids.stride()) != strides or (at is not span and at != span):
                 raise RuntimeError("the layers' routers differ in form within one pass")
             addresses.append((logits.data_ptr(), ids.data_ptr()))
-        n = len(layers)
-        self._ring_at = (self._ring_at + 1) % len(self._ring_places)
-        host, source, device, target = self._ring_places[self._ring_at]
-        host[:n] = addresses
-        if self._sender is not None:
-            self._sender.copy(target, source, host[:n].nbytes)
-        else:
-            device[:n].copy_(self._ring[self._ring_at, :n], non_blocking=True)
-        whole = n == len(self.layers)
+        whole = len(layers) == len(self.layers)
+        table = self._ring.send(addresses)
         self._launcher.launch(
-            device[:n],
+            table if whole else table[: len(layers)],
             span.valid(tokens),
             row_start=span.start,
             row_of=None if whole else torch.tensor(layers, dtype=torch.int32).to(self._device, non_blocking=True),

@@ -1,4 +1,4 @@
-"""What is kept of a captured CUDA graph: the routers' decisions, which its replays write anew."""
+"""The decisions of captured CUDA graphs, which their replays write anew; and whether it is safe to keep them."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ class Retained:
         """Whether a replay counts by itself."""
         return self.mailbox is not None
 
+    @property
+    def most(self) -> int:
+        """Tokens that a pass of the graph can have at most, of this rank."""
+        return min(self.tensors[0][0].shape[0] - self.span.start, self.span.rows)
+
     def ordered(self) -> list[tuple[Tensor, Tensor]]:
         """All layers' decisions, in order. Raises RuntimeError where they differ in form or share memory."""
         ordered = [self.tensors[i] for i in range(len(self.tensors))]
@@ -59,3 +64,36 @@ def checksum(tensor: Tensor) -> Tensor:
     """Sum over the tensor's bits, on the device: what overwrites it changes this, NaNs included."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.view(integers).sum(dtype=torch.int64)
+
+
+class Suspects:
+    """Looks in warm-up passes, those before the capture, for compiled code that reuses the memory of decisions.
+
+    ``limit``: bytes of decisions that are kept at a time. Compares on the device, without waiting.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._bytes = 0
+        self._noted: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._changed: Tensor | None = None
+
+    def note(self, layer: int, logits: Tensor, ids: Tensor) -> None:
+        """A router has decided; what the layer had decided before is looked at."""
+        if layer in self._noted or self._bytes > self._limit:
+            self.look()
+        self._noted[layer] = (logits, checksum(logits), ids, checksum(ids))
+        self._bytes += logits.nbytes + ids.nbytes
+
+    def look(self) -> None:
+        """A pass is over: what was noted in it must still be the same."""
+        for logits, logits_sum, ids, ids_sum in self._noted.values():
+            changed = (checksum(logits) != logits_sum) | (checksum(ids) != ids_sum)
+            self._changed = changed if self._changed is None else self._changed | changed
+        self._noted.clear()
+        self._bytes = 0
+
+    def found(self) -> bool:
+        """Whether anything was found so far. Waits for the device."""
+        self.look()
+        return self._changed is not None and bool(self._changed.item())

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_monitor.capture.kernels import Tallies, tally_reference
-from moe_monitor.capture.sending import Sender
+from moe_monitor.capture.sending import Ring, Sender
 from moe_monitor.layout import NO_ENTROPY, TALLY_COLUMNS
 
 _ENTROPY_MIN = TALLY_COLUMNS.index("entropy_min")
@@ -117,6 +117,7 @@ class DeviceTallies:
         self.owners: Owners | None = None
         self._sender: Sender | None = None
         self._sent: tuple[Owners, int, int, int] | None = None
+        self._sent_to: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -135,16 +136,12 @@ class DeviceTallies:
         self._stats_out = torch.empty((n, *made.stats.shape[1:]), dtype=torch.int64, pin_memory=pin)
         self._index = torch.zeros(n, dtype=torch.int64, pin_memory=pin)
         self._index_device = torch.zeros(self._BATCH, dtype=torch.int64, device=device)
-        self._reserve(1024)
+        self._ring = self._ring_of(1024)
         self.take([0])  # loads the kernels now rather than while serving
         return made
 
-    @torch.inference_mode(False)
-    def _reserve(self, rows: int) -> None:
-        self._rows = torch.empty((self._RING, rows), dtype=torch.int32, device=self._device)
-        self._rows_host = torch.empty((self._RING, rows), dtype=torch.int32, pin_memory=self._pinned)
-        self._capacity = rows
-        self._at = -1
+    def _ring_of(self, rows: int) -> Ring:
+        return Ring(self._device, self._RING, (rows,), torch.int32, self._sender)
 
     def set_rows(self, owners: Owners | None) -> None:
         self.owners = owners
@@ -160,22 +157,13 @@ class DeviceTallies:
             return None
         wanted = (owners, start, skip, n)
         if self._sent is not None and self._sent[0] is owners and self._sent[1:] == wanted[1:]:
-            return self._rows[self._at]
+            return self._sent_to
         if skip + n > owners.rows:
             raise ValueError(f"{owners.rows} rows are attributed to requests, the router saw {skip + n}")
-        end = start + n
-        if end > self._capacity:
-            self._reserve(2 * end)
-        # A ring: what an earlier pass still reads stays as it is.
-        self._at = at = (self._at + 1) % self._RING
-        host, device = self._rows_host[at], self._rows[at]
-        host.numpy()[start:end] = owners.codes()[skip : skip + n]
-        if self._sender is None:
-            device[:end].copy_(host[:end], non_blocking=True)
-        else:
-            self._sender.copy(device.data_ptr(), host.data_ptr(), host[:end].nbytes)
-        self._sent = wanted
-        return device
+        if start + n > self._ring.size:
+            self._ring = self._ring_of(2 * (start + n))
+        self._sent, self._sent_to = wanted, self._ring.send(owners.codes()[skip : skip + n], start)
+        return self._sent_to
 
     def launched_on(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream

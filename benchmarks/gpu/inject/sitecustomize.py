@@ -28,7 +28,7 @@ if os.environ.get("SHADOW_DIR"):
             with open(path + ".router", "w") as file:  # whose decisions these are
                 file.write(",".join(sorted({type(router).__name__ for router in shadow.routers()})))
             capture = getattr(runner, "_moe_monitor", None)
-            graphs = list(getattr(getattr(capture, "meter", None), "_graphs", {}).values())
+            graphs = list(getattr(getattr(getattr(capture, "meter", None), "graphs", None), "found", {}).values())
             if graphs:  # only the rank that counts has any
                 with open(path + ".sealed", "w") as file:
                     file.write(f"{sum(graph.sealed for graph in graphs)} of {len(graphs)}")

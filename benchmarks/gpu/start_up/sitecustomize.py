@@ -2,7 +2,7 @@
 
 PYTHONPATH=benchmarks/gpu/start_up START_UP_DIR=/tmp/start_up vllm serve ...   (or benchmarks/gpu/end_to_end.py)
 Calls and seconds of each part up to the first real pass, when the file is written. Parts contain each other:
-``Capture.__init__`` has what attaching does, ``CudaMeter._set_up`` the launcher. ``thread compile_kernel`` runs beside.
+``Capture.__init__`` has what attaching does, ``CudaMeter._set_up`` the launcher. ``thread ...`` runs beside.
 Needs wrapt.
 """
 
@@ -14,11 +14,12 @@ import wrapt
 
 PARTS = {
     "moe_monitor.capture.kernels": {"Launcher": ("warm_up", "__init__")},
-    "moe_monitor.capture.ahead": {"": ("compile_kernel",)},
+    "moe_monitor.capture.ahead": {"": ("compile_kernel", "compile_fetch")},
     "moe_monitor.capture.tallies": {"DeviceTallies": ("set_up",)},
-    "moe_monitor.capture.cuda": {
-        "CudaMeter": ("_set_up", "seal", "before_capture", "_capturing", "_suspect", "_acquit")
-    },
+    "moe_monitor.capture.cuda": {"CudaMeter": ("_set_up", "before_capture")},
+    "moe_monitor.capture.captured": {"Graphs": ("note", "end_capture")},
+    "moe_monitor.capture.mailbox": {"Mailbox": ("__init__",)},
+    "moe_monitor.capture.retained": {"Suspects": ("note", "look", "found")},
     "moe_monitor.capture.vllm.latency": {
         "Timing": ("attach_cuda", "lay_twin_aside", "before_graphs", "after_graphs", "note_end")
     },

@@ -1,21 +1,16 @@
-"""Attaching to a loaded model: which layers route, what they look like, and whose rank counts them.
-
-The seam is ``BaseRouter._compute_routing``, wrapped on each live router: it alone sees the logits and the chosen
-logical expert ids together, before expert-parallel load balancing maps them to physical replicas, and leaves the one
-slot of ``set_capture_fn`` to vLLM's own use.
-"""
+"""Attaching to a loaded model: which layers route, what they look like, whose rank counts them, and the hooks."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 
 import moe_monitor
-from moe_monitor.capture.clock import ROUTE_BEGIN, ROUTE_END
+from moe_monitor.capture.clock import ROUTE_END
 from moe_monitor.capture.cuda import CudaMeter
 from moe_monitor.capture.device_clock import TWINS_MIB
 from moe_monitor.capture.fuse import Fuse
@@ -37,11 +32,10 @@ from moe_monitor.capture.vllm.layers import (
     placement_of,
 )
 from moe_monitor.capture.vllm.versions import SUPPORTED, supported
+from moe_monitor.capture.vllm.wrapping import Wrapping, opaque_routing, traced_routing
 from moe_monitor.settings import Settings
 
 logger = logging.getLogger("vllm.moe_monitor")
-
-Routing = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def _extra_args(request: Any) -> Any:
@@ -73,7 +67,7 @@ class Capture:
         self.capturing: Hashable | None = None
         #: Key of the graph that was replayed in this pass, likewise.
         self.replayed: Hashable | None = None
-        self._wrapped: list[tuple[Any, str, Any]] = []
+        self._wrapping = Wrapping()
         self._settings = settings
         try:
             identity = self._attach(model_runner)
@@ -161,11 +155,11 @@ class Capture:
                 possible = lambda: meter.capture != "ingraph"  # noqa: E731
                 self.tracer = Tracer(tallies, settings.sample_ratio, self.fuse.status, possible=possible)
         for position, (_, runner) in enumerate(layers):
-            self._wrap_opaque(runner.router, position)
+            self._wrapping.put(runner.router, "_compute_routing", opaque_routing(runner.router, position, self))
         if self.timing is not None:
             width = 0 if self.meter is None else self.meter.layout.width
             parents = parents_of(model_runner.model, layers)
-            self.timing.attach_cuda(layers, parents, model_runner.device, width, self._wrap)
+            self.timing.attach_cuda(layers, parents, model_runner.device, width, self._wrapping.put)
 
     def _attach_cpu(self, model_runner: Any, layers: list[tuple[int, Any]], facts: RouterFacts, metered: bool) -> None:
         slots = self._slots(len(layers), facts.experts)
@@ -176,62 +170,20 @@ class Capture:
                 meter.tallies = HostTallies(slots, len(layers), facts.experts)
                 self.tracer = Tracer(meter.tallies, self._settings.sample_ratio, self.fuse.status)
         op.set_observer(self.observe)
+        timed = self.timing is not None
         for position, (_, runner) in enumerate(layers):
-            self._wrap_traced(runner.router, position)
+            routing = traced_routing(runner.router, position, timed=timed)
+            self._wrapping.put(runner.router, "_compute_routing", routing)
         if self.timing is not None:
-            self.timing.attach_cpu(layers, parents_of(model_runner.model, layers), self._wrap)
+            self.timing.attach_cpu(layers, parents_of(model_runner.model, layers), self._wrapping.put)
         timed = self.timing is not None and self.timing.clock is not None
         op.mark_compile_cache(model_runner.vllm_config, op.GRAPH_VERSION + ("t" if timed else ""))
-
-    def _wrap_traced(self, router: Any, position: int) -> None:
-        """Where torch.compile traces through the router (CPU): the decision leaves through an op."""
-        original: Routing = router._compute_routing
-        timed = self.timing is not None
-
-        def compute_routing(
-            hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            if timed:
-                torch.ops.moe_monitor.mark(router_logits, position, ROUTE_BEGIN)
-            weights, ids = original(hidden_states, router_logits, *args, **kwargs)
-            torch.ops.moe_monitor.observe(ids, router_logits, position)
-            return weights, ids
-
-        self._wrap(router, "_compute_routing", compute_routing)
-
-    def _wrap_opaque(self, router: Any, position: int) -> None:
-        """Where the whole MoE layer is one opaque op to the compiler (CUDA): plain Python, no op of ours."""
-        original: Routing = router._compute_routing
-
-        def compute_routing(
-            hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            timing = self.timing
-            if timing is not None:
-                timing.point(position, ROUTE_BEGIN)
-            weights, ids = original(hidden_states, router_logits, *args, **kwargs)
-            if timing is not None:
-                timing.point(position, ROUTE_END)
-            self.observe_cuda(position, router_logits, ids)
-            return weights, ids
-
-        self._wrap(router, "_compute_routing", compute_routing)
-
-    def _wrap(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
-        """Put ``replacement`` on a live object; :meth:`detach` undoes it."""
-        self._wrapped.append((target, name, target.__dict__.get(name)))
-        setattr(target, name, replacement)
 
     def detach(self) -> None:
         """Undo the wrapping of the live model."""
         op.set_observer(None)
         op.set_clock(None)
-        while self._wrapped:
-            target, name, own = self._wrapped.pop()
-            if own is None:
-                delattr(target, name)
-            else:
-                setattr(target, name, own)
+        self._wrapping.undo()
 
     def _publish(self, config: Any, identity: dict[str, Any], settings: Settings) -> None:
         identity |= process_identity(config)
@@ -356,7 +308,8 @@ class Capture:
     def note_graph(self) -> None:
         """A piecewise graph is about to be replayed or captured within this forward context."""
         meter, timing = self.meter, self.timing
-        if self.fuse.blown or (isinstance(meter, CudaMeter) and meter.all_sealed and not (timing and timing.sampling)):
+        nobody_asks = isinstance(meter, CudaMeter) and meter.graphs.all_sealed and not (timing and timing.sampling)
+        if self.fuse.blown or nobody_asks:
             return
         with self.fuse.guard("record"):
             self.replayed = graph_key()

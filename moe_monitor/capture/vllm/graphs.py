@@ -37,7 +37,7 @@ def capturing(capture: Capture) -> Iterator[None]:
             timing.note_end(key)  # before the branch that is ours comes back
         with capture.fuse.guard("record", serving=False):
             if isinstance(capture.meter, CudaMeter):
-                sealed = capture.meter.end_capture(key)
+                sealed = capture.meter.graphs.end_capture(key)
         if key is not None and timing is not None:
             timing.lay_twin_aside(graph, key)
         original(graph)
@@ -48,7 +48,7 @@ def capturing(capture: Capture) -> Iterator[None]:
     if timing is not None:
         timing.before_graphs()
     if isinstance(capture.meter, CudaMeter):
-        capture.meter.sealing = True
+        capture.meter.graphs.sealing = True
     torch.cuda.CUDAGraph.capture_end = capture_end  # type: ignore[method-assign, assignment]
     try:
         yield
@@ -56,8 +56,8 @@ def capturing(capture: Capture) -> Iterator[None]:
         torch.cuda.CUDAGraph.capture_end = original  # type: ignore[method-assign]
         with capture.fuse.guard("record", serving=False):
             if isinstance(capture.meter, CudaMeter):
-                capture.meter.sealing = False
-                capture.meter.after_capture()
+                capture.meter.graphs.sealing = False
+                capture.meter.graphs.after_capture()
         if timing is not None:
             timing.after_graphs()
 

@@ -120,7 +120,7 @@ def capture_of(ratio: float, descriptors: list[BatchDescriptor], *, sealed: bool
     for descriptor in descriptors:
         pair = (torch.zeros((8, EXPERTS), dtype=torch.bfloat16), torch.zeros((8, TOP_K), dtype=torch.int32))
         graph = Retained(Span(), dict.fromkeys(range(LAYERS), pair), table=torch.zeros((LAYERS, 2), dtype=torch.int64))
-        graph.strides, graph.mailbox = (EXPERTS, TOP_K), meter.graphs.mailbox if sealed else None
+        graph.strides, graph.mailbox, graph.whole = (EXPERTS, TOP_K), meter.graphs.mailbox if sealed else None, sealed
         meter.graphs.found[CUDAGraphMode.FULL.name, descriptor] = graph
     capture.tracer = Tracer(tallies, ratio, capture.fuse.status, possible=lambda: meter.capture != "ingraph")
     capture.timing = Timing(capture, [(i, None) for i in range(LAYERS)], 200, Work(1), EXPERTS)

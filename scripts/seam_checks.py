@@ -527,9 +527,9 @@ CHECKS = (
         ),
     ),
     Check("attach", "RoutedExperts.quant_method", has(f"{MOE}/routed_experts.py", "RoutedExperts", "quant_method")),
-    Check("attach", "layers route through router.select_experts", _runner_routes),
-    Check("attach", "_compute_routing is called on the instance, before EPLB", _compute_routing),
-    Check("attach", "every router's _compute_routing(hidden_states, router_logits)", _every_router),
+    Check("wrapping", "layers route through router.select_experts", _runner_routes),
+    Check("wrapping", "_compute_routing is called on the instance, before EPLB", _compute_routing),
+    Check("wrapping", "every router's _compute_routing(hidden_states, router_logits)", _every_router),
     Check("attach", "BaseRouter.top_k", has(ROUTER, "BaseRouter", "top_k")),
     Check("attach", "router.scoring_func", _scoring),
     Check(
@@ -551,7 +551,7 @@ CHECKS = (
     ),
     Check("attach", "FusedMoEParallelConfig.use_ep", has(CONFIG, "FusedMoEParallelConfig", "use_ep")),
     Check("attach", "MoEActivation.is_gated", has(f"{MOE}/activation.py", "MoEActivation", "is_gated")),
-    Check("attach", "the MoE layer is one opaque op, except on CPUs", _opaque),
+    Check("wrapping", "the MoE layer is one opaque op, except on CPUs", _opaque),
     Check(
         "attach",
         "extract_layer_index(layer_name)",

@@ -159,6 +159,21 @@ def test_rows_that_stay_where_they_are_keep_their_list_of_spans() -> None:
     assert engine.owners.spans is not spans
 
 
+def test_a_traced_request_that_has_waited_is_attributed_when_its_turn_comes() -> None:
+    engine = Engine()
+    engine.step([new("a", 1), new("b", 1)])
+    for position in range(3):
+        assert engine.forward({"a": 1}, [position]).tolist() == [int(position > 0)]
+        engine.step()
+    assert engine.forward({"a": 1, "b": 1}, [3, 0]).tolist() == [1, 2]
+    engine.step()
+    assert engine.forward({"a": 1, "b": 1}, [4, 1]).tolist() == [1, 3]
+    engine.step()
+    assert engine.forward({"b": 1}, [2]).tolist() == [3], "a has to wait, and b is where it was"
+    engine.step()
+    assert engine.forward({"u": 1, "b": 2}, [9, 3]).tolist() == [-1, 3, 3]
+
+
 def test_a_pass_without_traced_requests_has_no_attribution() -> None:
     engine = Engine(ratio=0.0)
     engine.step([new("a")])

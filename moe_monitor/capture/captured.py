@@ -123,7 +123,7 @@ class Graphs:
                 n_valid_device=mailbox.head,
                 slot_of_row=mailbox.owners if self._traced else None,
             )
-        graph.mailbox = mailbox
+        graph.mailbox, graph.whole = mailbox, not (graph.span.start or graph.span.skip)
 
     def end_capture(self, key: Hashable | None) -> Retained | None:
         """The capture of the graph ``key``, or of a piece of it, is about to end, which it cannot without this while a

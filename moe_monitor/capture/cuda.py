@@ -30,7 +30,7 @@ from moe_monitor.capture.captured import Graphs
 from moe_monitor.capture.kernels import Launcher
 from moe_monitor.capture.retained import Retained, Span, Suspects
 from moe_monitor.capture.sending import Ring, sender
-from moe_monitor.capture.tallies import DeviceTallies, Owners
+from moe_monitor.capture.tallies import DeviceTallies
 from moe_monitor.layout import RowLayout
 
 #: Addresses of this many passes without a graph may be on their way to the device at once; a pass sends up to once a
@@ -83,10 +83,6 @@ class CudaMeter:
         self._is_capturing = is_capturing
         #: The sealed graph that was replayed in this pass.
         self.counted: Retained | None = None
-        #: What the last replay was of, and told; None after one that did not count.
-        self._told: Retained | None = None
-        self._told_valid = 0
-        self._told_owners: Owners | None = None
         #: Nothing is left of the pass before, so a pass begins with its number of tokens and no more.
         self.clean = False
 
@@ -172,14 +168,14 @@ class CudaMeter:
         if self._pending_bytes > self._pending_limit:
             self._work_off(self.valid)
 
-    def repeats(self, graph: Retained) -> bool:
-        """Whether :meth:`before_replay` has nothing to tell, for the pass is as the last one was; then that is done."""
-        if graph is not self._told or self.valid != self._told_valid or not self.clean or self.counted is not None:
-            return False
-        if self.tallies is not None and self.tallies.owners is not self._told_owners:
+    def posts_quickly(self, graph: Retained) -> bool:
+        """Whether next to nothing is to be said before a sealed graph is replayed; then :meth:`before_replay` is done.
+        Cannot fail, nor wait: most passes have no other guard.
+        """
+        if not self.clean or not self.valid or self.counted is not None or not graph.whole:
             return False
         assert graph.mailbox is not None
-        if not graph.mailbox.repeat():
+        if not graph.mailbox.post_quickly(self.valid, None if self.tallies is None else self.tallies.owners):
             return False
         self.counted = graph
         return True
@@ -188,19 +184,15 @@ class CudaMeter:
         """A sealed graph is about to be replayed, in a pass that counts or in one that does not."""
         mailbox, span = graph.mailbox, graph.span
         assert mailbox is not None
-        tokens = span.valid(self.valid) if self.valid else 0
-        if tokens:
-            owners = None if self.tallies is None else self.tallies.owners
-            mailbox.post(tokens, owners, span.start, span.skip)
-        else:
+        if not self.valid:
             mailbox.post(0)
-        self._told = None
-        if self.valid:
-            if self.counted is not None or self._pending:
-                raise RuntimeError("a pass was counted twice")
-            self.counted = self._told = graph
-            self._told_valid = self.valid
-            self._told_owners = None if self.tallies is None else self.tallies.owners
+            return
+        if self.counted is not None or self._pending:
+            raise RuntimeError("a pass was counted twice")
+        tokens = span.valid(self.valid)
+        owners = None if self.tallies is None or not tokens else self.tallies.owners
+        mailbox.post(tokens, owners, span.start, span.skip)
+        self.counted = graph
 
     # before the capture of graphs
 
@@ -209,7 +201,7 @@ class CudaMeter:
         Waits for the device.
         """
         self.graphs.forget()
-        self._told, self.clean = None, False
+        self.clean = False
         if self._launcher is None or self.capture == "ingraph":
             return
         reasons = []

@@ -113,7 +113,6 @@ class Mailbox(Control):
         self._rows = [row.data for row in owners.numpy()]
         self._nobody = np.full(rows, -1, np.int32).data
         self._written = [0] * _PLACES  # up to which row
-        self._last = 0
         self._spans: Spans | None = None
         self._start = self._skip = self._place = 0
         #: The branch that is open in the graph under capture.
@@ -160,33 +159,39 @@ class Mailbox(Control):
         """
         if self._uploaded < self._reserved:
             self._upload()
-        self._last = tokens  # _word of nothing else
         if owners is not None:
             if skip + tokens > owners.rows:
                 raise ValueError(f"{owners.rows} rows are attributed to requests, the router saw {skip + tokens}")
             if owners.spans is not self._spans or start != self._start or skip != self._skip:
                 self._attribute(owners, start, skip)
-            self._last = _word(tokens, start + tokens, self._place)
-        if not self.repeat():
-            self._wait()
-            self.repeat()
+        self._wait()
+        word = tokens if owners is None else _word(tokens, start + tokens, self._place)
+        self._words[self._posted % _PLACES] = word
+        self._posted += 1
+
+    def post_quickly(self, tokens: int, owners: Owners | None) -> bool:
+        """:meth:`post` of rows that begin with the first, if only the number of tokens is to be written: whose the rows
+        are is there already. False, and nothing is posted, if it is not. Cannot fail, nor wait.
+        """
+        posted, word = self._posted, tokens
+        if owners is not None:
+            if owners.spans is not self._spans or self._start or self._skip or tokens > owners.rows:
+                return False
+            word |= tokens << 24 | self._place + 1 << 48  # as _word has it
+        if self._uploaded < self._reserved or posted - self._begun[0] >= _AHEAD:
+            return False
+        self._words[posted % _PLACES] = word
+        self._posted = posted + 1
+        return True
 
     def _wait(self) -> None:
         """Until there is a place. No server runs so far ahead; whoever does is not kept, for the device has work."""
-        end = time.monotonic() + _PATIENCE
+        end = 0.0
         while self._posted - self._begun[0] >= _AHEAD:
+            end = end or time.monotonic() + _PATIENCE
             if time.monotonic() > end:
                 raise RuntimeError(f"{_AHEAD} replays of graphs were posted, and none has begun for {_PATIENCE:g} s")
             time.sleep(1e-4)
-
-    def repeat(self) -> bool:
-        """The next replay is as the last one. False, and nothing is posted, where too many have not begun."""
-        posted = self._posted
-        if posted - self._begun[0] >= _AHEAD:
-            return False
-        self._words[posted % _PLACES] = self._last
-        self._posted = posted + 1
-        return True
 
     def _attribute(self, owners: Owners, start: int, skip: int) -> None:
         # No launch that has not begun means this place: since it was last written to, all others were, one a launch.

@@ -101,10 +101,11 @@ class Tracer:
         self._slot_of: dict[str, int] = {}
         self._prompts = [0] * store.slots  # by slot
         self._done: deque[tuple[int, Meta | None]] = deque()
-        self._ids: list[str] = []
         self._owners: Owners | None = None
         self._spans: Spans = []
+        #: Every traced request is in the batch, at these places, and none is in its prompt.
         self._steady = False
+        self._at: list[tuple[int, str]] = []
 
     @property
     def in_flight(self) -> int:
@@ -121,6 +122,9 @@ class Tracer:
         return bool(self._done)
 
     # the thread that runs the model
+
+    def traces_any(self, ids: Collection[str]) -> bool:
+        return not self._live.keys().isdisjoint(ids)
 
     def concerns(self, request_id: str, extra_args: Mapping[str, Any] | None) -> bool:
         """Whether :meth:`step` must be told of a request that is scheduled: of most it need not."""
@@ -223,12 +227,22 @@ class Tracer:
         """
         if not self._live:
             owners = None
-        elif self._steady and tokens == total == len(ids) and ids == self._ids:
-            owners = self._owners  # one more token each for the same requests: nothing changes
+        elif self._steady and tokens == total == len(ids) and self._stay(ids):
+            owners = self._owners  # one more token each
+            if owners is not None and owners.rows != tokens:
+                owners = Owners(tokens, owners.spans)
         else:
             owners = self._attribute(ids, tokens, scheduled, computed, total, index)
         self._owners = owners
         self._store.set_rows(owners)
+
+    def _stay(self, ids: Sequence[str]) -> bool:
+        """Whether the traced requests are where they were: others may come and go."""
+        most = len(ids)
+        for at, name in self._at:  # noqa: SIM110 - a generator takes longer
+            if at >= most or ids[at] != name:
+                return False
+        return True
 
     def _attribute(
         self,
@@ -262,7 +276,9 @@ class Tracer:
             spans.append((start, min(prompt_end, stop), 2 * slot))
             if prompt_end < stop:
                 spans.append((prompt_end, stop, 2 * slot + 1))
-        self._ids, self._steady = list(ids), single and decoding
+        self._steady = single and decoding and len(places) == len(self._slot_of)
+        if self._steady:
+            self._at = [(at, ids[at]) for at, _ in places]
         if not spans:
             return None
         if spans != self._spans:

@@ -37,6 +37,9 @@ class Retained:
     #: What kernels inside the graph read, where a replay counts by itself. Held for as long as the graph may run.
     mailbox: Mailbox | None = None
 
+    #: Whether the tokens of a pass are its rows from the first on.
+    whole: bool = False
+
     @property
     def sealed(self) -> bool:
         """Whether a replay counts by itself."""

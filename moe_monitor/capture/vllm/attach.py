@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Hashable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -268,7 +269,7 @@ class Capture:
         except AttributeError as error:
             self.fuse.blow("requests", error)
             return
-        if not fresh and (tracer.idle or not (finished or preempted)):
+        if not fresh and (tracer.idle or not (preempted or tracer.traces_any(finished))):
             return
         with self.fuse.guard("requests"):
             new = [_new(request) for request in fresh if tracer.concerns(request.req_id, _extra_args(request))]
@@ -356,7 +357,7 @@ class Capture:
     def before_replay(self, graph: Retained) -> None:
         """A graph that counts by itself is about to be replayed."""
         meter = self.meter
-        if self.fuse.blown or not isinstance(meter, CudaMeter) or meter.repeats(graph):
+        if self.fuse.blown or not isinstance(meter, CudaMeter) or meter.posts_quickly(graph):
             return
         with self.fuse.guard("record"):
             meter.before_replay(graph)
@@ -366,6 +367,9 @@ class Capture:
         meter = self.meter
         if self.fuse.blown or not isinstance(meter, CudaMeter):
             return
+        with suppress(Exception):  # met again below
+            if batch.num_tokens == meter.valid:
+                return
         with self.fuse.guard("record"):
             meter.set_valid(int(batch.num_tokens))
 

@@ -7,9 +7,10 @@ A board with tracing has a ring of N segments ``request/i`` and an index. Record
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -99,14 +100,16 @@ class RecordWriter:
         return self._n // 3
 
     def write(self, tallies: Iterable[Tally]) -> None:
-        """Raises OSError, ValueError as the board does."""
+        """Raises OSError, ValueError as the board does. Readers see them when all are there."""
+        before = self._serial
         for tally in tallies:
             self._serial += 1
             meta = tally.meta.to_array(self._serial)
             arrays: dict[str, NDArray[Any]] = {"meta": meta, "counts": tally.counts, "stats": tally.stats}
             self.board.write(f"{RING}/{self._serial % self._n}", arrays)
-            self.board.write(INDEX, {"serial": np.array([self._serial]), "n": np.array([self._n])})
             let_others()
+        if self._serial > before:
+            self.board.write(INDEX, {"serial": np.array([self._serial]), "n": np.array([self._n])})
 
 
 @dataclass
@@ -137,17 +140,23 @@ class _Parts:
 class _Followed:
     reader: BoardReader
     stamp: tuple[int, int]
-    serial: int
+    engine: tuple[str, str, str]
+    serial: int = -1
 
 
-def _merge(parts: Iterable[tuple[dict[str, Any], Tally]]) -> RequestRecord:
+def _engine_of(identity: Mapping[str, Any]) -> tuple[str, str, str]:
+    return str(identity.get("server")), str(identity.get("model_name")), str(identity.get("engine"))
+
+
+def _merge(parts: Sequence[tuple[dict[str, Any], Tally]]) -> RequestRecord:
+    if len(parts) == 1:
+        identity, tally = parts[0]
+        layers = tuple(identity["layers"])
+        if all(a < b for a, b in itertools.pairwise(layers)) and len(layers) == len(tally.stats):
+            return _record(identity, tally.meta, layers, tally.counts.astype(np.int64), tally.stats.copy())
     counts: dict[int, NDArray[np.int64]] = {}
     stats: dict[int, NDArray[np.int64]] = {}
-    metas: list[Meta] = []
-    facts: dict[str, Any] = {}
     for identity, tally in parts:
-        facts = facts or identity
-        metas.append(tally.meta)
         for layer, more, row in zip(identity["layers"], tally.counts.astype(np.int64), tally.stats, strict=True):
             if layer not in counts:
                 counts[layer], stats[layer] = more, row.copy()
@@ -157,14 +166,23 @@ def _merge(parts: Iterable[tuple[dict[str, Any], Tally]]) -> RequestRecord:
             stats[layer] = stats[layer] + row
             stats[layer][_ENTROPY_MIN] = least
     layers = tuple(sorted(counts))
+    meta = max((tally.meta for _, tally in parts), key=lambda m: m.finished)
+    return _record(
+        parts[0][0], meta, layers, np.stack([counts[i] for i in layers]), np.stack([stats[i] for i in layers])
+    )
+
+
+def _record(
+    facts: dict[str, Any], meta: Meta, layers: tuple[int, ...], counts: NDArray[np.int64], stats: NDArray[np.int64]
+) -> RequestRecord:
     return RequestRecord(
         server=str(facts["server"]),
         model_name=str(facts["model_name"]),
         engine=str(facts["engine"]),
-        meta=max(metas, key=lambda m: m.finished),
+        meta=meta,
         layers=layers,
-        counts=np.stack([counts[i] for i in layers]),
-        stats=np.stack([stats[i] for i in layers]),
+        counts=counts,
+        stats=stats,
         identity=facts,
     )
 
@@ -235,7 +253,7 @@ class RecordReader:
                 reader.close()
                 self._ignored[path.name] = stamp
                 continue
-            self._boards[path.name] = _Followed(reader, stamp, -1)
+            self._boards[path.name] = _Followed(reader, stamp, _engine_of(reader.identity))
 
     def _read(self, name: str, followed: _Followed, now: float) -> None:
         index = followed.reader.read(INDEX).arrays
@@ -252,30 +270,24 @@ class RecordReader:
             try:
                 arrays = followed.reader.read(f"{RING}/{serial % n}").arrays
                 meta = Meta.from_array(arrays["meta"])
-                identity = followed.reader.identity
-                key = (*(str(identity[k]) for k in ("server", "model_name", "engine")), meta.id)
             except (BoardError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 self.missed += 1
                 continue
             if meta.serial != serial:
                 self.missed += 1
                 continue
-            parts = self._parts.setdefault(key, _Parts(now))  # type: ignore[arg-type]  # four strings
-            parts.by_board[name] = (identity, Tally(meta, arrays["counts"], arrays["stats"]))
+            parts = self._parts.setdefault((*followed.engine, meta.id), _Parts(now))
+            parts.by_board[name] = (followed.reader.identity, Tally(meta, arrays["counts"], arrays["stats"]))
 
     def _complete(self, now: float) -> list[RequestRecord]:
         found = []
         for key, parts in list(self._parts.items()):
-            engine = [
-                name
-                for name, followed in self._boards.items()
-                if tuple(str(followed.reader.identity.get(k)) for k in ("server", "model_name", "engine")) == key[:3]
-            ]
+            engine = [name for name, followed in self._boards.items() if followed.engine == key[:3]]
             if set(engine) <= set(parts.by_board) or now - parts.since >= self._patience:
                 del self._parts[key]
                 self._pause()
                 with contextlib.suppress(ValueError, KeyError, TypeError):
-                    found.append(_merge(parts.by_board.values()))
+                    found.append(_merge(list(parts.by_board.values())))
         return sorted(found, key=lambda record: record.meta.finished)
 
     def close(self) -> None:

@@ -7,8 +7,10 @@ and whoever renders metrics adds them up, so that every API server shows the sum
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,13 +69,19 @@ class Quartiles:
     """Quartile (0 to 3) of a value among recent ones; an estimate that gets better over the first few requests."""
 
     def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
 
     def place(self, value: float) -> int:
+        """A value that is not known is in the first, and is not remembered."""
+        if math.isnan(value):
+            return 0
+        if len(self._recent) == _RECENT:
+            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
         self._recent.append(value)
-        recent = np.array(self._recent)
-        rank = (recent < value).sum() + (recent == value).sum() / 2
-        return min(3, int(4 * rank / len(recent)))
+        insort(self._sorted, value)
+        rank = (bisect_left(self._sorted, value) + bisect_right(self._sorted, value)) / 2
+        return min(3, int(4 * rank / len(self._sorted)))
 
 
 class FrontBoard:
@@ -90,13 +98,14 @@ class FrontBoard:
 
     def add(self, engine: tuple[str, str], values: dict[str, float], trace: str = "") -> None:
         """One request of an engine (model_name, engine); ``values`` by histogram, NaN where unknown."""
-        arrays = self._engines.setdefault(engine, _empty())
-        place = self._quartiles.setdefault(engine, Quartiles()).place(values["concentration"])
+        if engine not in self._engines:
+            self._engines[engine], self._quartiles[engine] = _empty(), Quartiles()
+        arrays, place = self._engines[engine], self._quartiles[engine].place(values["concentration"])
         for name, value in values.items():
-            if not np.isfinite(value):
+            if not math.isfinite(value):
                 continue
             row = place if name in BY_QUARTILE else 0
-            bucket = int(np.searchsorted(BY_NAME[HISTOGRAMS[name]].buckets, value))
+            bucket = bisect_left(BY_NAME[HISTOGRAMS[name]].buckets, value)
             arrays[name][row, bucket] += 1
             arrays[f"{name}_sum"][row] += value
             if trace:

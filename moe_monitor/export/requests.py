@@ -6,8 +6,8 @@ import contextlib
 import math
 import threading
 import time
-import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,19 +28,52 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Summary:
-    """One traced request. Arrays have a value per layer, in the order of ``record.layers``; NaN: no token to say."""
+    """One traced request. Arrays have a value per layer, in the order of ``record.layers``; NaN: no token to say.
+
+    What only a span or a page tells is calculated when it is asked for: most requests are not looked at one by one.
+    """
 
     record: RequestRecord
+    fleet: NDArray[np.int64] | None
     prefill: int
     decode: int
+    seen: Floats
     entropy: Floats
-    entropy_min: Floats
-    top1: Floats
-    mass: Floats
     imbalance: Floats
     chance: Floats
-    drift: Floats
-    drift_floor: Floats
+
+    @cached_property
+    def _counts(self) -> NDArray[np.int64]:
+        return np.asarray(self.record.counts.sum(axis=1))
+
+    def _mean(self, column: str) -> Floats:
+        return np.asarray(self.record.column(column) / FIXED_POINT / self.seen)
+
+    @cached_property
+    def top1(self) -> Floats:
+        return self._mean("top1_sum")
+
+    @cached_property
+    def mass(self) -> Floats:
+        return self._mean("mass_sum")
+
+    @cached_property
+    def entropy_min(self) -> Floats:
+        lowest = lowest_entropy(self.record)
+        return np.where(lowest < NO_ENTROPY, lowest / FIXED_POINT, np.nan)
+
+    @cached_property
+    def drift(self) -> Floats:
+        if self.fleet is None:
+            return np.full(len(self.seen), np.nan)
+        return statistics.js_divergence(self._counts, self.fleet)
+
+    @cached_property
+    def drift_floor(self) -> Floats:
+        if self.fleet is None:
+            return np.full(len(self.seen), np.nan)
+        per_token = np.full(len(self.seen), self.top_k)
+        return statistics.js_floor(self._counts.sum(axis=-1), self.fleet, per_token)
 
     @property
     def top_k(self) -> int:
@@ -66,7 +99,7 @@ class Summary:
 def mean(values: Floats) -> float:
     """Mean of what is known; NaN when nothing is."""
     known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan
+    return float(known.sum()) / len(known) if len(known) else math.nan
 
 
 def least(values: Floats) -> float:
@@ -83,29 +116,20 @@ def summarise(record: RequestRecord, fleet: NDArray[np.int64] | None = None) -> 
     """``fleet``: recent load [layers, experts] of the request's engine. Raises ValueError for damaged records."""
     counts = record.counts.sum(axis=1)
     experts, top_k = counts.shape[-1], int(record.identity["top_k"])
-    tokens = record.column("prefill") + record.column("decode")
+    prefill, decode = record.column("prefill"), record.column("decode")
     seen = finite(record).astype(np.float64)
     seen[seen <= 0] = np.nan
-    lowest = lowest_entropy(record)
-    unknown = np.full(len(tokens), np.nan)
-    drift, floor = unknown, unknown
-    if fleet is not None and fleet.shape == counts.shape:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            drift = statistics.js_divergence(counts, fleet)
-            floor = statistics.js_floor(counts.sum(axis=-1), fleet, np.full(len(counts), top_k))
+    tokens = (prefill + decode).tolist()  # mostly the same in all layers
+    chance = {n: statistics.imbalance_floor(n, experts, top_k) for n in set(tokens)}
     return Summary(
         record=record,
-        prefill=int(record.column("prefill").max(initial=0)),
-        decode=int(record.column("decode").max(initial=0)),
+        fleet=fleet if fleet is not None and fleet.shape == counts.shape else None,
+        prefill=int(prefill.max(initial=0)),
+        decode=int(decode.max(initial=0)),
+        seen=seen,
         entropy=record.column("entropy_sum") / FIXED_POINT / seen,
-        entropy_min=np.where(lowest < NO_ENTROPY, lowest / FIXED_POINT, np.nan),
-        top1=record.column("top1_sum") / FIXED_POINT / seen,
-        mass=record.column("mass_sum") / FIXED_POINT / seen,
         imbalance=statistics.imbalance(counts),
-        chance=np.array([statistics.imbalance_floor(int(n), experts, top_k) for n in tokens]),
-        drift=drift,
-        drift_floor=floor,
+        chance=np.array([chance[n] for n in tokens]),
     )
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from moe_monitor.capture.control import Control
-from moe_monitor.capture.driver import DriverError
 from moe_monitor.capture.kernels import Launcher
 from moe_monitor.capture.mailbox import Mailbox
 from moe_monitor.capture.retained import Retained, Span
@@ -37,8 +36,10 @@ class Graphs:
         self.control: Control | None = None
         #: What the kernels of sealed graphs read.
         self.mailbox: Mailbox | None = None
-        #: Whether graphs are sealed whose routers see other ranks' rows, or a part of this one's. They are counted
-        #: after their replays: sealed they were seen to count right in Triton's interpreter only.
+        #: Those of earlier captures, too: a replay that has not ended yet may read and write the host's memory.
+        self._mailboxes: list[Mailbox] = []
+        #: Whether graphs are sealed in which this rank's rows are not the first that routers see, or not its first.
+        #: They are counted after their replays: sealed they were seen to count right in Triton's interpreter only.
         self.seals_shards = False
         #: Whether every graph is sealed, so that nobody needs to know which one is replayed.
         self.all_sealed = False
@@ -64,10 +65,15 @@ class Graphs:
         self.control = Control(self._device, _GRAPHS * self._layers, self._sender)
 
     def seal(self, rows: int) -> None:
-        """Graphs of up to ``rows`` rows are to be sealed, where they can be. Waits for the device."""
+        """Graphs of up to ``rows`` rows (0: there will be none) are to be sealed, where they can be. Waits for the
+        device.
+        """
+        if not rows:
+            return
         try:
             self.mailbox = Mailbox(self._device, rows, _GRAPHS * self._layers, self._sender)
-        except DriverError as error:
+            self._mailboxes.append(self.mailbox)
+        except Exception as error:  # counting after the replays needs none of it
             logger.warning("moe-monitor counts after the replays of CUDA graphs and not within them: %s", error)
 
     # under capture

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from moe_monitor.capture.clock import ENTER, GATE_BEGIN, GATE_END, POINTS, Sampler, Work, stages_of
 from moe_monitor.capture.driver import Driver, DriverError
+from moe_monitor.capture.replays import watch
 from moe_monitor.capture.stamps import Mark, Marks, Stamper, Twin
 from moe_monitor.latency import LatencyTable, SampledStep
 
@@ -276,14 +276,7 @@ class DeviceClock:
 
     def _stand_in(self, graph: Any, group: _Group, twin: Twin) -> None:
         """Let the graph's ``replay`` launch its twin in sampled passes."""
-        replay, itself = type(graph).replay, weakref.ref(graph)
-
-        def replay_or_twin() -> None:
-            if self.sampling and group.ready and self._launch(group, twin):
-                return
-            replay(itself())
-
-        graph.replay = replay_or_twin
+        watch(graph).instead = lambda: self.sampling and group.ready and self._launch(group, twin)
 
     def _launch(self, group: _Group, twin: Twin) -> bool:
         """Whether the twin was launched; a twin that cannot be is not tried again."""

@@ -60,7 +60,7 @@ if triton is not None:
         tl.store(head + 1, tl.minimum(attributed, 1).to(tl.int32))
         if attributed > 0:
             told = (owners + (attributed - 1) * rows * 4).to(tl.pointer_type(tl.int32))
-            end = ((word >> 24) & 0xFFFFFF).to(tl.int32)
+            end = tl.minimum(((word >> 24) & 0xFFFFFF).to(tl.int32), rows)
             for first in range(0, end, BLOCK):
                 row = first + tl.arange(0, BLOCK)
                 code = tl.load(told + row, mask=row < end, other=-1, cache_modifier=".cv")
@@ -178,7 +178,7 @@ class Mailbox(Control):
             if owners.spans is not self._spans or self._start or self._skip or tokens > owners.rows:
                 return False
             word |= tokens << 24 | self._place + 1 << 48  # as _word has it
-        if self._uploaded < self._reserved or posted - self._begun[0] >= _AHEAD:
+        if self._uploaded < self._reserved or not 0 <= posted - self._begun[0] < _AHEAD:
             return False
         self._words[posted % _PLACES] = word
         self._posted = posted + 1
@@ -187,11 +187,13 @@ class Mailbox(Control):
     def _wait(self) -> None:
         """Until there is a place. No server runs so far ahead; whoever does is not kept, for the device has work."""
         end = 0.0
-        while self._posted - self._begun[0] >= _AHEAD:
+        while (waiting := self._posted - self._begun[0]) >= _AHEAD:
             end = end or time.monotonic() + _PATIENCE
             if time.monotonic() > end:
                 raise RuntimeError(f"{_AHEAD} replays of graphs were posted, and none has begun for {_PATIENCE:g} s")
             time.sleep(1e-4)
+        if waiting < 0:
+            raise RuntimeError(f"{-waiting} replays of graphs were not posted")
 
     def _attribute(self, owners: Owners, start: int, skip: int) -> None:
         # No launch that has not begun means this place: since it was last written to, all others were, one a launch.

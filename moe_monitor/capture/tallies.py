@@ -118,6 +118,7 @@ class DeviceTallies:
         self._sender: Sender | None = None
         self._sent: tuple[Owners, int, int, int] | None = None
         self._sent_to: Tensor | None = None
+        self._outgrown: list[Ring] = []
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -161,6 +162,7 @@ class DeviceTallies:
         if skip + n > owners.rows:
             raise ValueError(f"{owners.rows} rows are attributed to requests, the router saw {skip + n}")
         if start + n > self._ring.size:
+            self._outgrown.append(self._ring)  # copies out of it may not have run yet
             self._ring = self._ring_of(2 * (start + n))
         self._sent, self._sent_to = wanted, self._ring.send(owners.codes()[skip : skip + n], start)
         return self._sent_to

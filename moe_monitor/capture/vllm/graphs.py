@@ -5,14 +5,15 @@ At that moment the branch that counts the pass must be closed, and a copy for ti
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Hashable, Iterator
+import functools
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moe_monitor.capture.cuda import CudaMeter
+from moe_monitor.capture.replays import watch
 from moe_monitor.capture.retained import Retained
 from moe_monitor.capture.vllm.context import graph_key
 
@@ -63,19 +64,7 @@ def capturing(capture: Capture) -> Iterator[None]:
 
 
 def _tell_before_replay(graph: Any, capture: Capture, sealed: Retained) -> None:
-    own: Callable[[], None] | None = graph.__dict__.get("replay")  # that of a twin
-    if own is None:
-        method, itself = type(graph).replay, weakref.ref(graph)  # no cycle: the graph's memory goes when it does
-        own = lambda: method(itself())  # noqa: E731
-
-    replay, before = own, capture.before_replay
-
-    def told() -> None:
-        before(sealed)
-        try:
-            replay()
-        except Exception as error:  # the device would look for the next pass where this one was posted
-            capture.fuse.blow("record", error)
-            raise
-
-    graph.replay = told
+    watched = watch(graph)
+    watched.before = functools.partial(capture.before_replay, sealed)
+    # the device would look for the next pass where this one was posted
+    watched.failed = functools.partial(capture.fuse.blow, "record")

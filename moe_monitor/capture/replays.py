@@ -1,0 +1,57 @@
+"""Something to do at the replays of a captured CUDA graph."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+_NAME = "_moe_monitor"
+
+
+@dataclass
+class Watched:
+    """What is done at the replays of one graph: ``before`` each; ``instead`` of it, if that returns True; and with what
+    a replay has ``failed``, before it is raised.
+    """
+
+    before: Callable[[], None] | None = None
+    instead: Callable[[], bool] | None = None
+    failed: Callable[[Exception], None] | None = None
+
+
+def watch(graph: Any) -> Watched:
+    """For ``graph`` (a ``torch.cuda.CUDAGraph``), to be filled in.
+
+    The graph becomes one of a class of its own rather than getting another ``replay``: its bound method keeps the graph
+    alive, and vLLM keeps no more than that of some. And nothing here does, so its memory goes when it does.
+    """
+    found: Watched | None = graph.__dict__.get(_NAME)
+    if found is None:
+        found = graph.__dict__[_NAME] = Watched()
+        cls: Any = _class_of(type(graph))  # type: ignore[arg-type]  # types are hashable
+        try:
+            graph.__class__ = cls
+        except TypeError:  # then it is the garbage collector's
+            graph.replay = MethodType(cls.replay, graph)
+    return found
+
+
+@functools.cache
+def _class_of(base: type[Any]) -> type[Any]:
+    def replay(self: Any) -> None:
+        watched: Watched = self.__dict__[_NAME]
+        if watched.before is not None:
+            watched.before()
+        if watched.instead is not None and watched.instead():
+            return
+        try:
+            base.replay(self)
+        except Exception as error:
+            if watched.failed is not None:
+                watched.failed(error)
+            raise
+
+    return type(base.__name__, (base,), {"replay": replay, "__doc__": base.__doc__})

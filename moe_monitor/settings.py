@@ -150,7 +150,7 @@ KNOBS: tuple[Knob, ...] = (
         "CAPTURE",
         "auto",
         "auto, retain or ingraph",
-        "How routing is read under CUDA graphs: retain (one kernel at the end of each graph) or ingraph (a kernel per "
+        "How routing is read under CUDA graphs: retain (one kernel in each graph) or ingraph (a kernel per "
         "layer inside the graph). auto retains where that is safe.",
         _choice("auto", "retain", "ingraph"),
     ),

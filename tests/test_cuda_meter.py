@@ -259,7 +259,7 @@ def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() 
                     launch()
         else:
             for layer in range(LAYERS):
-                device.meter.observe(layer, logits[layer], ids[layer], None, Span())
+                capture.observe_cuda(layer, logits[layer], ids[layer])
         device.count(logits, ids, 0, tokens)
         capture.end_pass(tokens)
 
@@ -285,6 +285,125 @@ def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() 
     capture.fuse = Fuse(logging.getLogger("test"))
     capture.batch_is("not what vLLM says it is")
     assert "num_tokens" in capture.fuse.status.reason
+
+
+@interpreted
+def test_a_router_that_fails_the_monitor_switches_it_off_and_nothing_else() -> None:
+    pytest.importorskip("vllm")
+    from moe_monitor.capture.fuse import Fuse
+    from moe_monitor.capture.vllm.attach import Capture
+    from moe_monitor.capture.vllm.context import Parallel
+
+    device = Device()
+    capture = Capture.__new__(Capture)
+    capture.fuse, capture.meter, capture.timing = Fuse(logging.getLogger("test")), device.meter, None
+    capture.capturing, capture._parallel = None, Parallel(0, 1, 0, 1)
+    logits, ids = device.decide(4)
+    capture.observe_cuda(0, logits[0], ids[0])  # a warm-up pass
+    device.meter.begin_pass(4)
+    capture.observe_cuda(0, logits[0], ids[0])
+    capture.observe_cuda(0, logits[0], ids[0])
+    assert "layer 0 was routed twice in one pass" in capture.fuse.status.reason
+    assert capture.fuse.status.errors == {"record": 1}
+    capture.observe_cuda(0, None, None)  # not looked at any more
+
+
+def test_a_piecewise_graph_is_named_where_somebody_asks(monkeypatch) -> None:
+    pytest.importorskip("vllm")
+    from moe_monitor.capture.fuse import Fuse
+    from moe_monitor.capture.vllm import attach
+
+    asked = []
+    monkeypatch.setattr(attach, "graph_key", lambda: asked.append(True) or "key")
+    capture = attach.Capture.__new__(attach.Capture)
+    capture.fuse, capture.timing, capture.replayed = Fuse(logging.getLogger("test")), None, None
+    capture.meter = CudaMeter(range(LAYERS), EXPERTS, TOP_K, "softmax", memory_limit=1 << 20)
+    for all_sealed, timing, named in [
+        (True, None, False),
+        (True, SimpleNamespace(sampling=False), False),
+        (True, SimpleNamespace(sampling=True), True),
+        (False, None, True),
+    ]:
+        capture.meter.graphs.all_sealed, capture.timing, capture.replayed = all_sealed, timing, None
+        asked.clear()
+        capture.note_graph()
+        assert (capture.replayed == "key", bool(asked)) == (named, named)
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
+def test_the_fetch_that_is_compiled_beforehand_is_the_one_that_is_launched(monkeypatch) -> None:
+    """Triton finds it again by the arguments' types and the constants."""
+    from moe_monitor.capture import mailbox as module
+
+    class Recorder:
+        compiled = launched = ()
+
+        def warmup(self, *arguments, grid):
+            self.compiled = arguments
+
+        def __getitem__(self, grid):
+            return lambda *arguments: setattr(self, "launched", arguments)
+
+    monkeypatch.setattr(module, "_fetch_kernel", recorder := Recorder())
+    module.compile_fetch()
+    with pytest.raises(module.DriverError, match="does not read the host's memory"):
+        Mailbox(torch.device("cpu"), 8, 4, None)
+    pointers, constants = 3, 2
+    assert [tensor.dtype for tensor in recorder.launched[:pointers]] == list(recorder.compiled[:pointers])
+    numbers = slice(pointers, -constants)
+    wide = [[n >= 1 << 31 for n in arguments[numbers]] for arguments in (recorder.compiled, recorder.launched)]
+    assert wide[0] == wide[1] == [True] * 3 + [False]
+    assert recorder.compiled[-constants:] == recorder.launched[-constants:]
+
+
+class Library:
+    """Stands for libcuda: notes the calls, and answers with ``code``."""
+
+    def __init__(self) -> None:
+        self.calls, self.code = [], 0
+
+    def __getattr__(self, name):
+        def function(*arguments):
+            if name == "cuGetErrorName":
+                arguments[1]._obj.value = b"CUDA_ERROR_OF_A_KIND"
+                return 0
+            self.calls.append((name, *arguments))
+            if name == "cuMemHostGetDevicePointer_v2":
+                arguments[0]._obj.value = arguments[1] + 64
+            return self.code
+
+        self.__dict__[name] = function
+        return function
+
+
+def test_the_short_way_asks_the_driver_and_says_what_it_refuses(monkeypatch) -> None:
+    from moe_monitor.capture import driver
+    from moe_monitor.capture.sending import Sender
+
+    library = Library()
+    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 1000 + index, raising=False)
+    sender = Sender(driver.Driver(), torch.device("cuda", 3))
+    sender.copy(16, 32, 8)
+    place = torch.zeros(4)
+    assert sender.address_of(place) == place.data_ptr() + 64
+    assert [call[0] for call in library.calls] == ["cuMemcpyHtoDAsync_v2", "cuMemHostGetDevicePointer_v2"]
+    assert library.calls[0][1:] == (16, 32, 8, 1003), "in the order of the device's current stream"
+    library.code = 999
+    with pytest.raises(driver.DriverError, match=r"cuMemcpyHtoDAsync_v2: CUDA_ERROR_OF_A_KIND \(999\)"):
+        sender.copy(16, 32, 8)
+
+
+def test_a_ring_keeps_what_was_sent_until_it_comes_round() -> None:
+    from moe_monitor.capture.sending import Ring
+
+    for way in (None, MemorySender()):
+        ring = Ring(torch.device("cpu"), 3, (5, 2), torch.int64, way)
+        sent = [ring.send(np.full((2, 2), n), first=n) for n in range(3)]
+        assert [place[n : n + 2].tolist() for n, place in enumerate(sent)] == [[[n, n]] * 2 for n in range(3)]
+        assert ring.send([(7, 8)]).data_ptr() == sent[0].data_ptr() and sent[0][0].tolist() == [7, 8]
+        assert sent[1][1].tolist() == [1, 1]
+    assert way.sent == [32, 32, 32, 16], "no more than was given"
 
 
 @interpreted
@@ -370,6 +489,70 @@ def test_the_host_does_not_run_further_ahead_than_there_are_places(monkeypatch) 
     for n in (*range(1, 32), 5):
         box.fetch()
         assert box.head.tolist() == [n % 8, 0]
+
+
+@interpreted
+def test_a_launch_that_was_not_posted_is_noticed_at_the_next_post() -> None:
+    box = mailbox()
+    box.post(3)
+    box.fetch()
+    box.fetch()  # of whoever replays a graph behind the monitor's back
+    assert not box.post_quickly(3, None)
+    with pytest.raises(RuntimeError, match="1 replays of graphs were not posted"):
+        box.post(3)
+
+
+@interpreted
+def test_what_is_fetched_stays_within_the_rows_there_are() -> None:
+    box = mailbox(8)
+    around = torch.full((40,), -5, dtype=torch.int32)
+    box.owners = around[:8]
+    box.post(20, Owners(20, [(0, 20, 3)]))
+    box.fetch()
+    assert around.tolist() == [3] * 8 + [-5] * 32
+
+
+@interpreted
+def test_the_branch_begins_behind_what_was_captured_and_is_waited_for(monkeypatch) -> None:
+    box, order = mailbox(), []
+
+    class Stream:
+        def __init__(self, name):
+            self.name, self.device = name, "device"
+
+        def wait_stream(self, other):
+            order.append(f"{self.name} waits for {other.name}")
+
+    main, box._side = Stream("main"), Stream("side")
+    now = [main]
+
+    @contextlib.contextmanager
+    def on(stream):
+        now.append(stream)
+        try:
+            yield
+        finally:
+            now.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    box.fetch = lambda: order.append(f"fetch on {now[-1].name}")
+    with box.branch():
+        order.append(f"count on {now[-1].name}")
+    order.append(f"experts on {now[-1].name}")
+    box.join()
+    box.join()  # once is enough
+    assert order == [
+        "side waits for main",
+        "fetch on side",
+        "count on side",
+        "experts on main",
+        "main waits for side",
+    ]
+    with contextlib.suppress(RuntimeError), box.branch():
+        raise RuntimeError("the launch failed")
+    box.join()
+    assert order[-1] == "main waits for side", "a branch that failed must be closed, too"
 
 
 @interpreted

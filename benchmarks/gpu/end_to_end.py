@@ -5,9 +5,9 @@ end_to_end.py [--arms off,on,all,vllm] [--concurrency 1,32,128] [--rounds 6] [--
 end_to_end.py --read FILE...        the summary once more, from the RUN lines of earlier outputs, and of all together
 end_to_end.py --startup-pairs 4     seconds from the start to /health, off and on in turn, over one warm compile cache
 
-Arms: off (MOE_MONITOR_ENABLED=0), on (defaults: 10 % of requests traced), all (every request traced), vllm (no monitor,
-vLLM's own --enable-return-routed-experts), off2 (a second server like "off": how far two equal servers differ), traced
-(the server of "on", with requests that ask to be traced).
+Arms: off (MOE_MONITOR_ENABLED=0), on (defaults: 10 % of requests traced), all (every request traced), untraced (none),
+vllm (no monitor, vLLM's own --enable-return-routed-experts), off2 (a second server like "off": how far two equal
+servers differ), traced (the server of "on", with requests that ask to be traced).
 All servers of a run are up at once; a round measures every arm once at every concurrency, and the arm that begins
 rotates. The load comes from ``vllm bench serve``'s own code in this process, since importing it takes seconds.
 Short measurements in many rounds tell a small difference sooner than long ones: what a machine does besides changes
@@ -51,6 +51,7 @@ ARMS: dict[str, tuple[dict[str, str], list[str]]] = {
     "off2": ({"MOE_MONITOR_ENABLED": "0"}, []),
     "on": ({}, []),
     "all": ({"MOE_MONITOR_SAMPLE_RATIO": "1"}, []),
+    "untraced": ({"MOE_MONITOR_SAMPLE_RATIO": "0"}, []),
     "vllm": ({"MOE_MONITOR_ENABLED": "0"}, ["--enable-return-routed-experts"]),
 }
 #: Arms that use another arm's server, and what their requests ask for.

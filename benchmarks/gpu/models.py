@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 OLMOE = {
@@ -105,20 +108,30 @@ FAMILIES = {
 
 
 def write(folder: Path, family: str = "olmoe") -> Path:
-    """A model folder that vLLM can serve with dummy weights."""
+    """A model folder that vLLM can serve with dummy weights; whole whenever it is there, for several may make it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    folder.mkdir(parents=True, exist_ok=True)
     config, text = folder / "config.json", json.dumps(FAMILIES[family], indent=1)
-    if config.exists() and config.read_text() == text:  # written last; others may be reading it
+    if config.exists() and config.read_text() == text:
         return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent))
     vocabulary = {"<pad>": 0, "<eos>": 1, "<bos>": 2}
     for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary[character] = len(vocabulary)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
-    config.write_text(text)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(fresh)
+    (fresh / "config.json").write_text(text)
+    fresh.chmod(0o755)
+    with contextlib.suppress(OSError):
+        fresh.rename(folder)
+        return folder
+    if not config.exists() or config.read_text() != text:  # an earlier version's: nobody uses it
+        shutil.rmtree(folder)
+        fresh.rename(folder)
+    else:  # somebody else was first
+        shutil.rmtree(fresh)
     return folder

@@ -309,7 +309,6 @@ def test_a_router_that_fails_the_monitor_switches_it_off_and_nothing_else() -> N
 
 
 def test_a_piecewise_graph_is_named_where_somebody_asks(monkeypatch) -> None:
-    pytest.importorskip("vllm")
     from moe_monitor.capture.fuse import Fuse
     from moe_monitor.capture.vllm import attach
 

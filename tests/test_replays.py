@@ -79,7 +79,6 @@ def test_a_bound_replay_keeps_the_graph_and_nothing_else_does() -> None:
 
 
 def test_a_failed_replay_of_a_graph_that_counts_switches_the_monitor_off() -> None:
-    pytest.importorskip("vllm")
     from moe_monitor.capture.vllm.graphs import _tell_before_replay
 
     class Failing(Graph):
@@ -101,7 +100,6 @@ def test_a_failed_replay_of_a_graph_that_counts_switches_the_monitor_off() -> No
 
 def test_the_end_of_a_capture_closes_what_is_open_before_torchs_own(monkeypatch) -> None:
     """Also with the fuse blown, and of graphs that nobody counts in."""
-    pytest.importorskip("vllm")
     from moe_monitor.capture.cuda import CudaMeter
     from moe_monitor.capture.vllm import graphs
 

@@ -17,20 +17,14 @@ from moe_monitor.capture.sending import Sender
 _RING = 16
 
 
-class Control:
+class Table:
     """``head`` int32 [2] (number of tokens; whether requests are traced) and a table of ``addresses`` pairs on the
     device. Must live for as long as a graph may run whose kernels read it.
-
-    ``sender``: the short way to the device; None: torch's copies.
     """
 
     @torch.inference_mode(False)
-    def __init__(self, device: torch.device, addresses: int, sender: Sender | None = None) -> None:
+    def __init__(self, device: torch.device, addresses: int) -> None:
         self.head = torch.zeros(2, dtype=torch.int32, device=device)
-        self._host = torch.zeros((_RING, 2), dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._sender = sender
-        self._tokens = 0
-        self._at = 0
         self._table = torch.zeros((addresses, 2), dtype=torch.int64, device=device)
         self._table_host = np.zeros((addresses, 2), dtype=np.int64)
         self._reserved = self._uploaded = 0
@@ -47,18 +41,34 @@ class Control:
         self._table_host[first : self._reserved] = [(a.data_ptr(), b.data_ptr()) for a, b in pairs]
         return self._table[first : self._reserved]
 
-    @torch.inference_mode(False)
     def _upload(self) -> None:
+        """Before whatever a replay is told: what was reserved goes to the device, once."""
+        if self._uploaded < self._reserved:
+            self._send_fresh()
+
+    @torch.inference_mode(False)
+    def _send_fresh(self) -> None:
         fresh = slice(self._uploaded, self._reserved)
         self._table[fresh] = torch.from_numpy(self._table_host[fresh]).to(self._table.device)
         self._uploaded = self._reserved
+
+
+class Control(Table):
+    """The head is sent. ``sender``: the short way to the device; None: torch's copies."""
+
+    @torch.inference_mode(False)
+    def __init__(self, device: torch.device, addresses: int, sender: Sender | None = None) -> None:
+        super().__init__(device, addresses)
+        self._host = torch.zeros((_RING, 2), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._sender = sender
+        self._tokens = 0
+        self._at = 0
 
     def tell(self, tokens: int) -> None:
         """From now on passes have ``tokens`` real tokens, and nobody is traced: sent in the order of the current
         stream, which must not be under capture, and only when it has changed.
         """
-        if self._uploaded < self._reserved:
-            self._upload()
+        self._upload()
         if tokens == self._tokens:
             return
         self._at = at = (self._at + 1) % _RING

@@ -1,10 +1,11 @@
 # ruff: noqa: ANN001, ANN202, N803 -- how Triton kernels are written
 """How a replay of a CUDA graph learns how many tokens are real and whose they are, without a call of the driver.
 
-Between two passes of a server all that such a call touches leaves the processor's caches: 35 to 60 us for a few bytes
-on the host of an H100, where it takes 4 in a loop. So the host only writes to its own memory, and the graph fetches it
-over the bus: a kernel of one program, at the head of a branch of the graph's own (:meth:`Mailbox.branch`). It leaves
-what it fetched in the device's memory, where the kernel behind it on the branch finds it.
+Between two passes of a server all that such a call touches leaves the processor's caches: 35 to 73 us for a few bytes
+on the host of an H100, where it takes 3 to 5 in a loop (benchmarks/gpu/driver_calls.py). So the host only writes to its
+own memory, and the graph fetches it over the bus: a kernel of one program, at the head of a branch of the graph's own
+(:meth:`Mailbox.branch`). It leaves what it fetched in the device's memory, where the kernel behind it on the branch
+finds it.
 
 The host runs ahead of the device, so there are many places. A graph that fetches counts its launches, and looks in the
 place of that number; the host fills the place of the next launch. So each launch must be posted, whatever it is for.
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_monitor.capture.control import Control
+from moe_monitor.capture.control import Table
 from moe_monitor.capture.driver import DriverError
 from moe_monitor.capture.kernels import triton  # type: ignore[attr-defined]
 from moe_monitor.capture.sending import Sender
@@ -87,15 +88,16 @@ def compile_fetch() -> None:
     )
 
 
-class Mailbox(Control):
-    """For graphs that count by themselves. ``rows``: that a router sees, at most.
+class Mailbox(Table):
+    """The head, and whose the rows are, is fetched: for graphs that count by themselves. ``rows``: that a router sees,
+    at most.
 
     Raises DriverError where the device does not read the host's memory. Waits for the device.
     """
 
     @torch.inference_mode(False)
     def __init__(self, device: torch.device, rows: int, addresses: int, sender: Sender | None) -> None:
-        super().__init__(device, addresses, sender)
+        super().__init__(device, addresses)
         self.rows = rows
         self.owners = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self._fetched = torch.zeros(1, dtype=torch.int64, device=device)
@@ -157,8 +159,7 @@ class Mailbox(Control):
         """The next replay has ``tokens`` real tokens in rows ``start`` on, of which the first is the batch's ``skip``;
         ``owners`` say whose the batch's rows are (None: nobody is traced).
         """
-        if self._uploaded < self._reserved:
-            self._upload()
+        self._upload()
         if owners is not None:
             if skip + tokens > owners.rows:
                 raise ValueError(f"{owners.rows} rows are attributed to requests, the router saw {skip + tokens}")
@@ -177,7 +178,7 @@ class Mailbox(Control):
         if owners is not None:
             if owners.spans is not self._spans or self._start or self._skip or tokens > owners.rows:
                 return False
-            word |= tokens << 24 | self._place + 1 << 48  # as _word has it
+            word = _word(tokens, tokens, self._place)
         if self._uploaded < self._reserved or not 0 <= posted - self._begun[0] < _AHEAD:
             return False
         self._words[posted % _PLACES] = word

@@ -29,6 +29,7 @@ Floats = NDArray[np.float64]
 @dataclass(frozen=True)
 class Summary:
     """One traced request. Arrays have a value per layer, in the order of ``record.layers``; NaN: no token to say.
+    ``counts`` [layers, experts] are of both phases, ``fleet`` is the engine's recent load of that form, if it is known.
 
     What only a span or a page tells is calculated when it is asked for: most requests are not looked at one by one.
     """
@@ -41,10 +42,7 @@ class Summary:
     entropy: Floats
     imbalance: Floats
     chance: Floats
-
-    @cached_property
-    def _counts(self) -> NDArray[np.int64]:
-        return np.asarray(self.record.counts.sum(axis=1))
+    counts: NDArray[np.int64]
 
     def _mean(self, column: str) -> Floats:
         return np.asarray(self.record.column(column) / FIXED_POINT / self.seen)
@@ -66,14 +64,14 @@ class Summary:
     def drift(self) -> Floats:
         if self.fleet is None:
             return np.full(len(self.seen), np.nan)
-        return statistics.js_divergence(self._counts, self.fleet)
+        return statistics.js_divergence(self.counts, self.fleet)
 
     @cached_property
     def drift_floor(self) -> Floats:
         if self.fleet is None:
             return np.full(len(self.seen), np.nan)
         per_token = np.full(len(self.seen), self.top_k)
-        return statistics.js_floor(self._counts.sum(axis=-1), self.fleet, per_token)
+        return statistics.js_floor(self.counts.sum(axis=-1), self.fleet, per_token)
 
     @property
     def top_k(self) -> int:
@@ -130,6 +128,7 @@ def summarise(record: RequestRecord, fleet: NDArray[np.int64] | None = None) -> 
         entropy=record.column("entropy_sum") / FIXED_POINT / seen,
         imbalance=statistics.imbalance(counts),
         chance=np.array([chance[n] for n in tokens]),
+        counts=counts,
     )
 
 

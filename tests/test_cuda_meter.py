@@ -428,6 +428,14 @@ def test_whose_the_rows_are_is_written_down_when_it_has_changed_and_not_else() -
     device.check_requests([0, 1, 2])
 
 
+def ready():
+    """A device whose graphs, of up to 8 rows, are about to be captured."""
+    device = Device()
+    device.warm_up(8)
+    device.meter.before_capture(rows=8, most=8)
+    return device
+
+
 def mailbox(rows=8):
     return Mailbox(torch.device("cpu"), rows, 4, None)
 
@@ -583,9 +591,7 @@ def test_a_device_that_does_not_see_the_hosts_memory_is_counted_on_after_its_rep
 
 @interpreted
 def test_a_graph_is_sealed_only_where_the_end_of_its_capture_is_seen() -> None:
-    device = Device()
-    device.warm_up(8)
-    device.meter.before_capture(rows=8, most=8)
+    device = ready()
     device.meter.graphs.sealing = False
     device.capture("a", 8)
     assert sealed(device, "a") == [False] and device.replay("a", 5)
@@ -594,9 +600,7 @@ def test_a_graph_is_sealed_only_where_the_end_of_its_capture_is_seen() -> None:
 
 @interpreted
 def test_a_capture_that_ends_as_another_graph_is_noticed_and_left_in_order() -> None:
-    device = Device()
-    device.warm_up(8)
-    device.meter.before_capture(rows=8, most=8)
+    device = ready()
     left, join = [], device.meter.graphs.mailbox.join
     device.meter.graphs.mailbox.join = lambda: (left.append(True), join())
     device.capturing = True
@@ -688,9 +692,7 @@ def test_graphs_that_cannot_be_sealed_are_counted_after_their_replays() -> None:
 
 @interpreted
 def test_a_graph_that_outlives_a_new_capture_still_has_what_its_kernel_reads() -> None:
-    device = Device()
-    device.warm_up(8)
-    device.meter.before_capture(rows=8, most=8)
+    device = ready()
     device.capture("a", 8)
     assert device.replay("a", 4)
     ((old, launched),) = device.sealed["a"]
@@ -710,9 +712,7 @@ def test_a_graph_that_outlives_a_new_capture_still_has_what_its_kernel_reads() -
 
 @interpreted
 def test_a_replay_of_a_sealed_graph_that_was_not_announced_is_noticed() -> None:
-    device = Device()
-    device.warm_up(8)
-    device.meter.before_capture(rows=8, most=8)
+    device = ready()
     device.capture("a", 8)
     device.meter.begin_pass(4)
     with pytest.raises(RuntimeError, match="by other means"):

@@ -13,7 +13,8 @@ rotates. The load comes from ``vllm bench serve``'s own code in this process, si
 Short measurements in many rounds tell a small difference sooner than long ones: what a machine does besides changes
 over seconds, and a pair of one round has most of it in common.
 Prints a JSON line per measurement (RUN) and one per concurrency and arm (E2E) with medians, range, and the (trimmed,
-geometric) mean of the ratios to "off" of the same round with its standard error (of_off); what there is by the deadline
+geometric) mean of the ratios to "off" of the same round with its standard error (of_off), and processor time a request;
+what there is by the deadline
 is printed, and the servers are stopped in any case.
 
 --prompts and --range-ratio: with many requests of few tokens, and of lengths that differ, the time to first token is
@@ -57,6 +58,8 @@ ARMS: dict[str, tuple[dict[str, str], list[str]]] = {
 #: Arms that use another arm's server, and what their requests ask for.
 SHARED = {"traced": ("on", {"vllm_xargs": {"moe_trace": 1}})}
 METRICS = ("median_itl_ms", "median_tpot_ms", "median_ttft_ms", "output_throughput")
+#: Of the API server's event loop, its other threads, and the engine's threads beside its main one.
+PROCESSOR_TIME = ("loop_us_per_request", "front_us_per_request", "engine_us_per_request")
 PROMPTS = "1:16,32:256,128:640"
 
 
@@ -182,6 +185,9 @@ class Results:
                         row[metric]["untrimmed"] = _mean_ratio(pairs, trim=0)
                         row[metric]["ratio_median"] = round(statistics.median(pairs), 4)
                         row[metric]["ratio_range"] = [round(min(pairs), 4), round(max(pairs), 4)]
+                for key in PROCESSOR_TIME:
+                    if all(key in values for values in mine):
+                        row[key] = round(statistics.median(values[key] for values in mine), 1)
                 host = [values["host_us_per_step"] for values in mine if values["host_us_per_step"] is not None]
                 if host:
                     row["host_us_per_step"] = round(statistics.median(host), 1)
@@ -331,7 +337,9 @@ def compare(args: argparse.Namespace, folder: Path, scratch: Path, began: float)
                     if turn == 0:
                         prompts = max(concurrency, prompts // 4)
                     body = SHARED.get(arm, ("", {}))[1]
+                    used = servers[arm].processor_time()
                     values = client.run(servers[arm].port, concurrency, prompts, output, turn, body)
+                    used = {k: t - used[k] for k, t in servers[arm].processor_time().items()}
                     if host_time:
                         time.sleep(0.6)  # the counters are published twice a second
                     after = hooks(servers[arm]) if host_time else (0.0, 0.0)
@@ -341,6 +349,7 @@ def compare(args: argparse.Namespace, folder: Path, scratch: Path, began: float)
                         continue
                     longest[concurrency] = max(longest[concurrency], time.monotonic() - start)
                     kept = {metric: values[metric] for metric in METRICS} | {"host_us_per_step": host}
+                    kept |= {f"{k}_us_per_request": 1e6 * t / prompts for k, t in used.items()}
                     results.add(concurrency, awake.now, turn, arm, kept)
                     shown = {k: None if v is None else round(v, 3) for k, v in kept.items()}
                     say(

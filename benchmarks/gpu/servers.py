@@ -105,6 +105,20 @@ class Server:
                     found.append(int(entry.name))
         return found
 
+    def processor_time(self) -> dict[str, float]:
+        """Seconds so far of the API server's event loop and its other threads, and of the other processes' threads
+        apart from their main ones, which wait for the GPU awake. Threads that have ended are left out.
+        """
+        used = {"loop": 0.0, "front": 0.0, "engine": 0.0}
+        for pid in self.processes():
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                with contextlib.suppress(OSError):
+                    seconds = int((task / "schedstat").read_text().split()[0]) / 1e9
+                    main, front = int(task.name) == pid, pid == self.process.pid
+                    if front or not main:
+                        used["loop" if main else "front" if front else "engine"] += seconds
+        return used
+
     def stop(self, patience: float = 8.0) -> None:
         """End the server and everything that it started. Safe to call twice."""
         group = self.process.pid  # it leads a session, so its group bears its id

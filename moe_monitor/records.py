@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_monitor.board import ArraySpec, BoardError, BoardReader, BoardWriter, Ring, board_paths
-from moe_monitor.gil import let_others
+from moe_monitor.gil import Turns
 from moe_monitor.layout import NO_ENTROPY, TALLY_COLUMNS
 
 META_BYTES = 2048
@@ -30,6 +32,10 @@ INDEX, RING = "requests", "request"
 _BUDGET, _LEAST, _MOST = 8 << 20, 16, 256
 _LONGEST_ID = 200
 _ENTROPY_MIN = TALLY_COLUMNS.index("entropy_min")
+
+
+#: Seconds in which a directory may change twice and its time of change only once, generously.
+_CLOCK_TICK = 1.0
 
 
 def short_id(request_id: str) -> str:
@@ -93,6 +99,7 @@ class RecordWriter:
         self.board = board
         self._n = segments[RING].copies if RING in segments else 0
         self._serial = 0
+        self._pause = Turns()
 
     @property
     def at_once(self) -> int:
@@ -107,7 +114,7 @@ class RecordWriter:
             meta = tally.meta.to_array(self._serial)
             arrays: dict[str, NDArray[Any]] = {"meta": meta, "counts": tally.counts, "stats": tally.stats}
             self.board.write(f"{RING}/{self._serial % self._n}", arrays)
-            let_others()
+            self._pause()
         if self._serial > before:
             self.board.write(INDEX, {"serial": np.array([self._serial]), "n": np.array([self._n])})
 
@@ -211,6 +218,8 @@ class RecordReader:
         self._pause = pause
         self._boards: dict[str, _Followed] = {}
         self._ignored: dict[str, tuple[int, int]] = {}
+        #: When the directory had last changed as its boards were looked for.
+        self._listed = math.nan
         self._parts: dict[tuple[str, str, str, str], _Parts] = {}
         self.missed = 0
 
@@ -224,10 +233,14 @@ class RecordReader:
         return self._complete(now)
 
     def _look_for_boards(self) -> None:
+        looked = time.time()
         try:
-            paths = board_paths(self._directory)
-        except BoardError:
-            paths = []
+            changed = os.stat(self._directory).st_mtime
+            if changed == self._listed and looked - changed > _CLOCK_TICK:
+                return
+            paths, self._listed = board_paths(self._directory), changed
+        except (BoardError, OSError):
+            paths, self._listed = [], math.nan
         here = {path.name for path in paths}
         for gone in set(self._boards) - here:
             self._boards.pop(gone).reader.close()
@@ -294,11 +307,6 @@ class RecordReader:
         for followed in self._boards.values():
             followed.reader.close()
         self._boards.clear()
-
-
-def finite(record: RequestRecord) -> NDArray[np.int64]:
-    """Tokens per layer whose ratios were counted."""
-    return np.asarray(record.column("prefill") + record.column("decode") - record.column("nonfinite"))
 
 
 def lowest_entropy(record: RequestRecord) -> NDArray[np.int64]:

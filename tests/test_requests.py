@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
 import math
+import os
+import random
 import time
 
 import numpy as np
@@ -14,12 +17,12 @@ from boards import FakeWorker, identity, routed_rows
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from stretches import Stretches
 
-from moe_monitor.board import BoardReader, BoardWriter
+from moe_monitor.board import BoardReader, BoardWriter, board_paths
 from moe_monitor.cli.main import main
 from moe_monitor.export.collector import MoeCollector
 from moe_monitor.export.frontboard import FrontBoard, Quartiles
 from moe_monitor.export.frontend import MOST_FINISHED, MOST_RECORDS, Finished, FrontEnd
-from moe_monitor.export.requests import FleetLoad, as_json, summarise
+from moe_monitor.export.requests import FleetLoad, as_json, mean, overviews, summarise
 from moe_monitor.layout import FIXED_POINT, TALLY_COLUMNS
 from moe_monitor.records import Meta, RecordReader, RecordWriter, Tally, record_segments, short_id
 from moe_monitor.snapshot import STATUS_SEGMENT, Status, read_engines, routing_segment
@@ -377,8 +380,7 @@ def test_a_burst_of_requests_does_not_keep_the_event_loop_waiting(tmp_path, monk
         worker.writer.write(tally(f"r{i}", layers=58, experts=256) for i in range(n))
         for i in range(n):
             finish(front, f"r{i}", at=1.0)
-        monkeypatch.setattr("moe_monitor.export.frontend.let_others", stretches.pause)
-        front._reader._pause = stretches.pause
+        monkeypatch.setattr("moe_monitor.gil.let_others", stretches.pause)
         stretches.begin()
         front.match(1.0)
         whole = stretches.end()
@@ -583,6 +585,48 @@ def test_a_summary_by_hand(tmp_path) -> None:
     told = as_json(summary)
     assert json.loads(json.dumps(told, allow_nan=False)) == told
     assert told["layers"][0]["layer"] == 3
+
+
+def test_requests_that_are_looked_at_together_are_told_as_each_alone(tmp_path) -> None:
+    """Of two engines, of which one's load is not known, one request without a token, and more than fit at a time."""
+    directory = tmp_path / "run"
+    with Worker(directory) as worker, Worker(directory, name="rank-1", layers=(2, 5), experts=8, engine="1") as other:
+        worker.writer.write([tally(f"a{i}", tokens=i, seed=i) for i in range(80)])
+        other.writer.write([tally(f"b{i}", tokens=5 + i, layers=2, experts=8, seed=i, top_k=2) for i in range(3)])
+        with contextlib.closing(RecordReader(directory)) as reader:
+            records = reader.poll()
+    random.Random(0).shuffle(records)
+    load = np.random.default_rng(0).integers(1, 100, (4, 64))
+    fleet = lambda record: load if record.engine == "0" else None  # noqa: E731
+    pauses = []
+    told = overviews(records, fleet, lambda: pauses.append(True))
+    assert len(told) == 83 and len(pauses) > 2
+    for record, overview in zip(records, told, strict=True):
+        summary = summarise(record, fleet(record))
+        alone = mean(summary.entropy), summary.concentration, mean(summary.drift)
+        assert overview == pytest.approx(alone, rel=1e-12, nan_ok=True)
+    unknown = {record.meta.id: np.isnan(overview).tolist() for record, overview in zip(records, told, strict=True)}
+    assert unknown["a0"] == [True, True, True]
+    assert unknown["b0"] == [False, False, True] and unknown["a7"] == [False, False, False]
+
+
+def test_boards_are_looked_for_when_the_directory_has_changed(tmp_path, monkeypatch) -> None:
+    directory, looked = tmp_path / "run", []
+    monkeypatch.setattr("moe_monitor.records.board_paths", lambda path: looked.append(path) or board_paths(path))
+    reader = RecordReader(directory)
+    with Worker(directory) as worker:
+        os.utime(directory, (time.time() - 10,) * 2)
+        worker.writer.write([tally("a")])
+        assert len(reader.poll()) == 1 and len(looked) == 1
+        worker.writer.write([tally("b")])
+        assert len(reader.poll()) == 1 and len(looked) == 1
+        with Worker(directory, name="rank-1", engine="1") as other:
+            other.writer.write([tally("c")])
+            assert [r.meta.id for r in reader.poll()] == ["c"] and len(looked) == 2
+            reader.poll()
+            assert len(looked) == 3, "it may have changed once more in the same moment"
+        assert reader.poll() == [] and len(reader._boards) == 1
+    reader.close()
 
 
 def test_a_request_without_tokens_knows_nothing(tmp_path) -> None:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from moe_monitor.export.frontboard import FrontBoard
-from moe_monitor.export.requests import FleetLoad, Summary, mean, summarise
-from moe_monitor.gil import let_others
+from moe_monitor.export.requests import FleetLoad, Overview, Summary, overviews, summarise
+from moe_monitor.gil import Turns
 from moe_monitor.records import RecordReader, RequestRecord, short_id
 
-#: Seconds between two looks at the boards.
-POLL = 0.2
+#: Seconds between two looks at the boards, and while many records come: each look costs, and a ring of records holds
+#: no more than three rounds of the worker's.
+POLL, POLL_SOON, MANY = 0.4, 0.2, 16
 #: How long one half waits for the other, in seconds, and how many may wait, of records also by their size.
 FINISHED_WAITS, RECORD_WAITS = 30.0, 10.0
 MOST_FINISHED, MOST_RECORDS, RECORD_BYTES = 20_000, 512, 64 << 20
@@ -49,7 +50,8 @@ class FrontEnd:
     """
 
     def __init__(self, directory: Path, server: str, fleet: FleetLoad, logger: logging.Logger) -> None:
-        self._reader = RecordReader(directory, server, pause=let_others)
+        self._pause = Turns()
+        self._reader = RecordReader(directory, server, pause=self._pause)
         self._board = FrontBoard(directory, server)
         self._fleet = fleet
         self._logger = logger
@@ -97,26 +99,28 @@ class FrontEnd:
     # the thread that matches
 
     def _run(self) -> None:
-        while not self._stop.wait(POLL) and not self.failed:
+        wait = POLL
+        while not self._stop.wait(wait) and not self.failed:
             try:
-                self.match()
+                wait = POLL_SOON if self.match() >= MANY else POLL
             except Exception as error:
                 self.fail("matching", error)
         self._board.close()
 
-    def match(self, now: float | None = None) -> None:
-        """One round. Raises what reading, the board or OpenTelemetry raise."""
+    def match(self, now: float | None = None) -> int:
+        """One round; how many records came. Raises what reading, the board or OpenTelemetry raise."""
         now = time.monotonic() if now is None else now
-        for record in self._reader.poll():
+        came = self._reader.poll()
+        for record in came:
             self._records[record.meta.id] = (now, record)
         pairs = []
         with self._lock:
-            for name, (came, record) in list(self._records.items()):
+            for name, (since, record) in list(self._records.items()):
                 finished = self._finished.get(name)
                 if finished is not None and finished.complete:
                     pairs.append((finished, record))
                     del self._finished[name]
-                if (finished is not None and finished.complete) or now - came > RECORD_WAITS:
+                if (finished is not None and finished.complete) or now - since > RECORD_WAITS:
                     del self._records[name]  # unmatched: aborted, or answered by another API server
             room = MOST_RECORDS
             if self._records:
@@ -126,28 +130,22 @@ class FrontEnd:
                 del self._records[next(iter(self._records))]
             while self._finished and now - next(iter(self._finished.values())).at > FINISHED_WAITS:
                 del self._finished[next(iter(self._finished))]  # not traced
-        for finished, record in pairs:
-            self._tell(finished, record)
-            let_others()
+        told = overviews([record for _, record in pairs], self._fleet.of, self._pause)
+        for (finished, record), overview in zip(pairs, told, strict=True):
+            self._tell(finished, record, overview)
+            self._pause()
         lost = {"spans": self.dropped_spans(), "request_records": self._reader.missed}
         if pairs or lost != self._board.dropped:
             self._board.dropped = lost
             self._board.publish()
+        return len(came)
 
-    def _tell(self, finished: Finished, record: RequestRecord) -> None:
-        summary = summarise(record, self._fleet.of(record))
-        values = {
-            "entropy": mean(summary.entropy),
-            "concentration": summary.concentration,
-            "drift": mean(summary.drift),
-            "e2e": finished.e2e,
-            "ttft": finished.ttft,
-            "tpot": finished.tpot,
-        }
+    def _tell(self, finished: Finished, record: RequestRecord, overview: Overview) -> None:
+        values = overview._asdict() | {"e2e": finished.e2e, "ttft": finished.ttft, "tpot": finished.tpot}
         span = finished.span
         self._board.add((record.model_name, record.engine), values, "" if span is None else span.trace_id)
         if span is not None and self.emit is not None:
-            self.emit(span, summary)
+            self.emit(span, summarise(record, self._fleet.of(record)))
 
     def close(self) -> None:
         self._stop.set()

@@ -6,19 +6,23 @@ import contextlib
 import math
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_monitor import statistics
 from moe_monitor.export.windows import History
-from moe_monitor.layout import FIXED_POINT, NO_ENTROPY
-from moe_monitor.records import RecordReader, RequestRecord, finite, lowest_entropy
+from moe_monitor.layout import FIXED_POINT, NO_ENTROPY, TALLY_COLUMNS
+from moe_monitor.records import RecordReader, RequestRecord, lowest_entropy
 from moe_monitor.snapshot import EngineSnapshot
+
+#: Counts of this many (layer, phase, expert) are worked on at a time.
+_AT_ONCE = 1 << 15
 
 #: Experts named per layer, and the window of the fleet's load that drift is measured against, in seconds.
 TOP_EXPERTS, FLEET_WINDOW = 4, 300.0
@@ -75,7 +79,7 @@ class Summary:
 
     @property
     def top_k(self) -> int:
-        return int(self.record.identity["top_k"])
+        return _top_k(self.record)
 
     @property
     def experts(self) -> int:
@@ -110,26 +114,97 @@ def most(values: Floats) -> float:
     return float(known.max()) if len(known) else math.nan
 
 
+class _Columns(NamedTuple):
+    """Of several requests over the same layers: see :class:`Summary`, [requests, layers]; counts have one axis more."""
+
+    seen: Floats
+    entropy: Floats
+    imbalance: Floats
+    chance: Floats
+    counts: NDArray[np.int64]
+
+
+def _columns(counts: NDArray[np.int64], stats: NDArray[np.int64], top_k: int) -> _Columns:
+    """``counts`` [requests, layers, 2, experts], ``stats`` [requests, layers, columns]."""
+    both = counts.sum(axis=2)
+    of = {name: stats[..., i] for i, name in enumerate(TALLY_COLUMNS)}
+    tokens = of["prefill"] + of["decode"]
+    seen = (tokens - of["nonfinite"]).astype(np.float64)
+    seen[seen <= 0] = np.nan
+    told = tokens.ravel().tolist()  # mostly the same in all layers
+    chance = {n: statistics.imbalance_floor(n, both.shape[-1], top_k) for n in set(told)}
+    return _Columns(
+        seen=seen,
+        entropy=of["entropy_sum"] / FIXED_POINT / seen,
+        imbalance=statistics.imbalance(both),
+        chance=np.array([chance[n] for n in told]).reshape(tokens.shape),
+        counts=both,
+    )
+
+
 def summarise(record: RequestRecord, fleet: NDArray[np.int64] | None = None) -> Summary:
     """``fleet``: recent load [layers, experts] of the request's engine. Raises ValueError for damaged records."""
-    counts = record.counts.sum(axis=1)
-    experts, top_k = counts.shape[-1], int(record.identity["top_k"])
-    prefill, decode = record.column("prefill"), record.column("decode")
-    seen = finite(record).astype(np.float64)
-    seen[seen <= 0] = np.nan
-    tokens = (prefill + decode).tolist()  # mostly the same in all layers
-    chance = {n: statistics.imbalance_floor(n, experts, top_k) for n in set(tokens)}
+    columns = _Columns(*(a[0] for a in _columns(record.counts[None], record.stats[None], _top_k(record))))
     return Summary(
         record=record,
-        fleet=fleet if fleet is not None and fleet.shape == counts.shape else None,
-        prefill=int(prefill.max(initial=0)),
-        decode=int(decode.max(initial=0)),
-        seen=seen,
-        entropy=record.column("entropy_sum") / FIXED_POINT / seen,
-        imbalance=statistics.imbalance(counts),
-        chance=np.array([chance[n] for n in tokens]),
-        counts=counts,
+        fleet=fleet if fleet is not None and fleet.shape == columns.counts.shape else None,
+        prefill=int(record.column("prefill").max(initial=0)),
+        decode=int(record.column("decode").max(initial=0)),
+        **columns._asdict(),
     )
+
+
+class Overview(NamedTuple):
+    """What the metrics tell of a request: means over its layers, NaN where nothing is known."""
+
+    entropy: float
+    concentration: float
+    drift: float
+
+
+def overviews(
+    records: Sequence[RequestRecord],
+    fleet: Callable[[RequestRecord], NDArray[np.int64] | None],
+    pause: Callable[[], None] = lambda: None,
+) -> list[Overview]:
+    """Of many requests at a time, each as its :class:`Summary` has it: one by one most of the time would go to finding
+    numpy's way. ``pause`` is called now and then. Raises ValueError for damaged records.
+    """
+    found: dict[int, Overview] = {}
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, record in enumerate(records):
+        form = record.layers, record.counts.shape, record.stats.shape, _top_k(record)
+        alike.setdefault((record.server, record.model_name, record.engine, *form), []).append(i)
+    for of in alike.values():
+        first = records[of[0]]
+        load = fleet(first)
+        step = max(1, _AT_ONCE // max(1, first.counts.size))
+        for at in range(0, len(of), step):
+            pause()
+            some = of[at : at + step]
+            counts = np.stack([records[i].counts for i in some])
+            columns = _columns(counts, np.stack([records[i].stats for i in some]), _top_k(first))
+            if load is not None and load.shape == columns.counts.shape[1:]:
+                drift = _means(statistics.js_divergence(columns.counts, load))
+            else:
+                drift = [math.nan] * len(some)
+            concentration = _means(columns.imbalance / columns.chance)
+            for i, *means in zip(some, _means(columns.entropy), concentration, drift, strict=True):
+                found[i] = Overview(*means)
+    return [found[i] for i in range(len(records))]
+
+
+def _means(values: Floats) -> list[float]:
+    """:func:`mean` of each row."""
+    known = ~np.isnan(values)
+    n = known.sum(axis=-1)
+    total = np.where(known, values, 0.0).sum(axis=-1)
+    means: list[float] = np.where(n > 0, total / np.maximum(n, 1), math.nan).tolist()
+    return means
+
+
+def _top_k(record: RequestRecord) -> int:
+    return int(record.identity["top_k"])
 
 
 class Collects(Protocol):
@@ -144,7 +219,7 @@ class Collects(Protocol):
 class FleetLoad:
     """Recent load of each engine, read again at most every few seconds. Thread-safe; never raises."""
 
-    REFRESH = 2.0
+    REFRESH = 10.0
 
     def __init__(self, collector: Collects) -> None:
         self._collector = collector

@@ -17,7 +17,6 @@ and the number of valid tokens is read on the device.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
@@ -29,7 +28,7 @@ from moe_monitor.capture.ahead import PATIENCE, compile_beside
 from moe_monitor.capture.captured import Graphs
 from moe_monitor.capture.kernels import Launcher
 from moe_monitor.capture.retained import Retained, Span, Suspects
-from moe_monitor.capture.sending import Ring, sender
+from moe_monitor.capture.sending import Ring, sender, wait_for
 from moe_monitor.capture.tallies import DeviceTallies
 from moe_monitor.layout import RowLayout
 
@@ -336,6 +335,5 @@ class CudaMeter:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._host_rows.copy_(self._rows, non_blocking=True)
             copied = self._stream.record_event()
-        while not copied.query():
-            time.sleep(0.001)
+        wait_for(copied)
         return self._host_rows.numpy().copy()

@@ -7,6 +7,7 @@ its own work for milliseconds between two passes.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_monitor.capture.driver import Driver, DriverError
+
+#: Seconds between two looks whether a copy has arrived, which waits for the passes that are queued: milliseconds each.
+_LOOK = 0.003
+
+
+def wait_for(copied: torch.cuda.Event) -> None:
+    """Until the device has come so far, without Python's lock meanwhile, and with few wake-ups: it is not urgent."""
+    while not copied.query():
+        time.sleep(_LOOK)
 
 
 class Sender:

@@ -6,7 +6,6 @@ publisher's thread, which takes what is in it and clears it; only then is it han
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_monitor.capture.kernels import Tallies, tally_reference
-from moe_monitor.capture.sending import Ring, Sender
+from moe_monitor.capture.sending import Ring, Sender, wait_for
 from moe_monitor.layout import NO_ENTROPY, TALLY_COLUMNS
 
 _ENTROPY_MIN = TALLY_COLUMNS.index("entropy_min")
@@ -186,8 +185,7 @@ class DeviceTallies:
                 with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                     self._queue_take()
                     done = self._stream.record_event()
-                while not done.query():
-                    time.sleep(0.001)
+                wait_for(done)
             counts, stats = self._counts_out.numpy(), self._stats_out.numpy()
             taken += [(counts[i].copy(), stats[i].copy()) for i in range(len(batch))]
         return taken

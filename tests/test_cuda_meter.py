@@ -29,6 +29,7 @@ from moe_monitor.capture.cuda import CudaMeter  # noqa: E402
 from moe_monitor.capture.mailbox import Mailbox  # noqa: E402
 from moe_monitor.capture.meter import accumulate  # noqa: E402
 from moe_monitor.capture.retained import Span  # noqa: E402
+from moe_monitor.capture.sending import Ring  # noqa: E402
 from moe_monitor.capture.tallies import DeviceTallies, Owners  # noqa: E402
 from moe_monitor.layout import RowLayout  # noqa: E402
 
@@ -394,15 +395,18 @@ def test_the_short_way_asks_the_driver_and_says_what_it_refuses(monkeypatch) -> 
 
 
 def test_a_ring_keeps_what_was_sent_until_it_comes_round() -> None:
-    from moe_monitor.capture.sending import Ring
+    from moe_monitor.capture.driver import DriverError
 
-    for way in (None, MemorySender()):
+    elsewhere, nowhere = SimpleNamespace(address_of=lambda tensor: tensor.data_ptr() + 64), SimpleNamespace()
+    nowhere.address_of = lambda tensor: (_ for _ in ()).throw(DriverError("not mapped"))
+    for way, in_place in ((None, False), (elsewhere, False), (nowhere, False), (MemorySender(), True)):
         ring = Ring(torch.device("cpu"), 3, (5, 2), torch.int64, way)
         sent = [ring.send(np.full((2, 2), n), first=n) for n in range(3)]
         assert [place[n : n + 2].tolist() for n, place in enumerate(sent)] == [[[n, n]] * 2 for n in range(3)]
+        host, given = ring._places[1]
+        assert (host.ctypes.data == given.data_ptr()) == in_place
         assert ring.send([(7, 8)]).data_ptr() == sent[0].data_ptr() and sent[0][0].tolist() == [7, 8]
         assert sent[1][1].tolist() == [1, 1]
-    assert way.sent == [32, 32, 32, 16], "no more than was given"
 
 
 @interpreted
@@ -637,14 +641,34 @@ def test_the_short_way_to_the_device_sends_what_torch_does_and_no_more() -> None
     assert sender.sent == [8] * 4, "what has not changed is not sent"
 
 
+def read_in_place(meter, places=16):
+    """As on a GPU, whose kernels read the host's memory."""
+    meter._ring = Ring(torch.device("cpu"), places, (len(meter.layers), 2), torch.int64, MemorySender())
+
+
 @interpreted
 def test_a_pass_without_a_graph_is_counted_by_the_short_way_too() -> None:
-    device = Device()
+    device, quickly = Device(), []
     device.warm_up(8)
-    device.meter._ring._sender = sender = MemorySender()
+    read_in_place(device.meter)
+    collects = device.meter.collects_quickly
+
+    def observe(layer, logits, ids, key, span):
+        quickly.append(collects(layer, logits, ids))
+        if not quickly[-1]:
+            device.meter.collect(layer, logits, ids, span)
+
+    device.meter.observe = observe
     assert device.eager(5) and device.eager(3, rows=8)
-    assert sender.sent == [LAYERS * 16] * 2
+    assert quickly == [False, True, True] * 2
     device.check()
+    assert not device.eager(4, layers=(0, 2)), "a layer is missing"
+    assert quickly[6:] == [False, False]
+    device.meter._pending_limit = 100  # each layer is counted by itself
+    quickly.clear()
+    assert device.eager(5) and quickly == [False] * 3
+    with pytest.raises(RuntimeError, match="layer 0 was routed twice"):
+        device.eager(5, layers=(0, 1, 2, 0))
 
 
 @interpreted
@@ -654,9 +678,12 @@ def test_addresses_on_their_way_are_not_overwritten_where_every_layer_sends_its_
     meter = CudaMeter(range(layers), EXPERTS, TOP_K, "softmax", **options)
     logits, ids = torch.randn(2, EXPERTS), torch.arange(2 * TOP_K, dtype=torch.int32).reshape(2, TOP_K)
     meter.observe(0, logits, ids, None, Span())  # a warm-up pass
-    sender, places = MemorySender(), []
-    meter._ring._sender = sender
-    sender.copy = lambda target, source, size: (places.append(source), ctypes.memmove(target, source, size))
+    read_in_place(meter, len(meter._ring._places))
+    launch, places = meter._launcher.launch, []
+    meter._launcher.launch = lambda table, *args, **more: (
+        places.append(table.data_ptr()),
+        launch(table, *args, **more),
+    )
     for _ in range(passes):
         meter.begin_pass(2)
         for layer in range(layers):

@@ -17,6 +17,7 @@ and the number of valid tokens is read on the device.
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
@@ -32,9 +33,12 @@ from moe_monitor.capture.sending import Ring, sender, wait_for
 from moe_monitor.capture.tallies import DeviceTallies
 from moe_monitor.layout import RowLayout
 
-#: Addresses of this many passes without a graph may be on their way to the device at once; a pass sends up to once a
-#: layer.
+#: So many passes without a graph may be queued on the device, which reads where their decisions lie; a pass has up to a
+#: launch a layer.
 _PASSES = 4
+
+#: Where a router sees this rank's tokens and no others.
+_WHOLE = Span()
 
 
 class CudaMeter:
@@ -74,8 +78,11 @@ class CudaMeter:
         self._pending_limit = pending_limit
         self._launcher: Launcher | None = None
         self._compiling: threading.Thread | None = None
+        self._order = list(range(len(layers)))
         self._pending: dict[int, tuple[Tensor, Tensor, Span]] = {}
         self._pending_bytes = 0
+        #: Whether the decisions of the pass in progress will all be counted at its end.
+        self._together = False
         self._done: set[int] = set()
         self.graphs = Graphs(len(self.layers), traced=tallies is not None)
         self._suspects = Suspects(pending_limit)
@@ -162,10 +169,22 @@ class CudaMeter:
             raise RuntimeError(f"layer {self.layers[layer]} was routed twice in one pass")
         if self.fallback:
             logits, ids = logits.clone(), ids.clone()
+        small = len(self.layers) * (logits.nbytes + ids.nbytes) <= self._pending_limit
+        self._together = layer == 0 and small and span == _WHOLE and not self.fallback
         self._pending[layer] = (logits, ids, span)
         self._pending_bytes += logits.nbytes + ids.nbytes
         if self._pending_bytes > self._pending_limit:
             self._work_off(self.valid)
+
+    def collects_quickly(self, layer: int, logits: Tensor, ids: Tensor) -> bool:
+        """:meth:`collect` of a layer that comes after the one before, in a pass that is all this rank's and will be
+        counted at its end. False, and nothing is done, where that is not so. Cannot fail.
+        """
+        pending = self._pending
+        if not self._together or not layer or layer != len(pending):
+            return False
+        pending[layer] = (logits, ids, _WHOLE)
+        return True
 
     def posts_quickly(self, graph: Retained) -> bool:
         """Whether next to nothing is to be said before a sealed graph is replayed; then :meth:`before_replay` is done.
@@ -292,17 +311,17 @@ class CudaMeter:
         if not self._pending:
             return
         assert self._launcher is not None
-        layers = sorted(self._pending)
+        layers = list(self._pending)
         first_logits, first_ids, span = self._pending[layers[0]]
         strides = first_logits.stride(), first_ids.stride()
-        addresses = []
-        for layer in layers:
-            logits, ids, at = self._pending[layer]
+        addresses = array("q")
+        for logits, ids, at in self._pending.values():
             if (logits.stride(), ids.stride()) != strides or (at is not span and at != span):
                 raise RuntimeError("the layers' routers differ in form within one pass")
-            addresses.append((logits.data_ptr(), ids.data_ptr()))
-        whole = len(layers) == len(self.layers)
-        table = self._ring.send(addresses)
+            addresses.append(logits.data_ptr())
+            addresses.append(ids.data_ptr())
+        whole = layers == self._order
+        table = self._ring.send(np.frombuffer(addresses, np.int64).reshape(-1, 2))
         self._launcher.launch(
             table if whole else table[: len(layers)],
             span.valid(tokens),
@@ -315,6 +334,11 @@ class CudaMeter:
         # The stream's order protects the memory: whoever gets it next writes after our kernel has read.
         self._pending.clear()
         self._pending_bytes = 0
+
+    @property
+    def collecting(self) -> bool:
+        """Whether decisions of the pass in progress wait to be counted: then it has no graph."""
+        return bool(self._pending)
 
     @property
     def rows_now(self) -> Tensor | None:

@@ -6,7 +6,6 @@ its own work for milliseconds between two passes.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -46,40 +45,41 @@ class Sender:
 
 
 class Ring:
-    """Small arrays on their way to the device, one after the other. What was sent stays as it is, here and there, until
-    ``places`` more were: as many as may be read by what is queued.
+    """Small arrays for kernels, one after the other. What was given to :meth:`send` stays as it is until ``places``
+    more were: as many as may be read by what is queued.
 
-    A place has the form ``shape``. ``sender``: the short way; None: torch's copies.
+    A place has the form ``shape``. With a ``sender`` kernels read the host's memory where it lies, and nothing is
+    sent: they wait a few microseconds for the bus, the host would take tens for a copy. Without, torch copies.
     """
 
     @torch.inference_mode(False)
     def __init__(
         self, device: torch.device, places: int, shape: tuple[int, ...], dtype: torch.dtype, sender: Sender | None
     ) -> None:
-        self._memory = host, there = (
-            torch.empty((places, *shape), dtype=dtype, pin_memory=device.type == "cuda"),
-            torch.empty((places, *shape), dtype=dtype, device=device),
-        )
-        # on the host as numpy, where it lies there, on the device and where it lies there: asking for these takes time
-        self._places = [(a.numpy(), a.data_ptr(), b, b.data_ptr()) for a, b in zip(host, there, strict=True)]
-        self._row_bytes = dtype.itemsize * math.prod(shape[1:])
-        self._sender = sender
+        host = torch.empty((places, *shape), dtype=dtype, pin_memory=device.type == "cuda")
+        self._there = None if _read_in_place(host, sender) else torch.empty_like(host, device=device)
+        # as numpy, and as what kernels are given: asking for these takes time
+        self._places = [(a.numpy(), b) for a, b in zip(host, host if self._there is None else self._there, strict=True)]
         self._at = 0
         self.size = shape[0]
 
     def send(self, values: NDArray[Any] | Sequence[Any], first: int = 0) -> Tensor:
-        """A place on the device, in which ``values`` are once this has run in the current stream's order, from element
-        ``first`` on.
-        """
+        """A place that has ``values`` from element ``first`` on, for kernels of the current stream from now on."""
         self._at = (self._at + 1) % len(self._places)
-        host, source, device, target = self._places[self._at]
-        end, offset = first + len(values), first * self._row_bytes
+        host, given = self._places[self._at]
+        end = first + len(values)
         host[first:end] = values
-        if self._sender is not None:
-            self._sender.copy(target + offset, source + offset, (end - first) * self._row_bytes)
-        else:
-            device[first:end].copy_(torch.from_numpy(host[first:end]), non_blocking=True)
-        return device
+        if self._there is not None:
+            given[first:end].copy_(torch.from_numpy(host[first:end]), non_blocking=True)
+        return given
+
+
+def _read_in_place(pinned: Tensor, sender: Sender | None) -> bool:
+    """Whether kernels find this memory by the address that it has for the host, as wherever addresses are unified."""
+    try:
+        return sender is not None and sender.address_of(pinned) == pinned.data_ptr()
+    except DriverError:
+        return False
 
 
 def sender(device: torch.device) -> Sender | None:

@@ -240,6 +240,10 @@ class Capture:
         if self.fuse.blown or not isinstance(meter, CudaMeter):
             return
         if meter.valid:  # no graph is captured in a real pass, and asking takes its time
+            start = time.perf_counter()
+            if meter.collects_quickly(layer, logits, ids):
+                self.fuse.status.hook_seconds += time.perf_counter() - start
+                return
             with self.fuse.guard("record"):
                 if layer == 0:
                     graph_key()  # for what it refuses
@@ -345,7 +349,7 @@ class Capture:
             if isinstance(meter, Meter):
                 complete = meter.end_pass()
             else:
-                if meter is None or meter.counted is None or timed:
+                if meter is None or timed or not (meter.counted or meter.collecting):
                     key = graph_key() if self.replayed is None else self.replayed
                 if meter is not None:
                     complete = meter.end_pass(key, tokens)
@@ -357,7 +361,11 @@ class Capture:
     def before_replay(self, graph: Retained) -> None:
         """A graph that counts by itself is about to be replayed."""
         meter = self.meter
-        if self.fuse.blown or not isinstance(meter, CudaMeter) or meter.posts_quickly(graph):
+        if self.fuse.blown or not isinstance(meter, CudaMeter):
+            return
+        start = time.perf_counter()
+        if meter.posts_quickly(graph):
+            self.fuse.status.hook_seconds += time.perf_counter() - start
             return
         with self.fuse.guard("record"):
             meter.before_replay(graph)
@@ -367,8 +375,10 @@ class Capture:
         meter = self.meter
         if self.fuse.blown or not isinstance(meter, CudaMeter):
             return
+        start = time.perf_counter()
         with suppress(Exception):  # met again below
             if batch.num_tokens == meter.valid:
+                self.fuse.status.hook_seconds += time.perf_counter() - start
                 return
         with self.fuse.guard("record"):
             meter.set_valid(int(batch.num_tokens))

@@ -6,16 +6,16 @@ end_to_end.py --read FILE...        the summary once more, from the RUN lines of
 end_to_end.py --startup-pairs 4     seconds from the start to /health, off and on in turn, over one warm compile cache
 
 Arms: off (MOE_MONITOR_ENABLED=0), on (defaults: 10 % of requests traced), all (every request traced), untraced (none),
-vllm (no monitor, vLLM's own --enable-return-routed-experts), off2 (a second server like "off": how far two equal
-servers differ), traced (the server of "on", with requests that ask to be traced).
+vllm (no monitor, vLLM's own --enable-return-routed-experts), traced (the server of "on", with requests that ask to be
+traced). An arm with a number (off2, on2) is one more server of its kind: equal servers differ by up to some percent,
+which no number of rounds tells of a single pair; compared are the means of kinds.
 All servers of a run are up at once; a round measures every arm once at every concurrency, and the arm that begins
 rotates. The load comes from ``vllm bench serve``'s own code in this process, since importing it takes seconds.
 Short measurements in many rounds tell a small difference sooner than long ones: what a machine does besides changes
 over seconds, and a pair of one round has most of it in common.
-Prints a JSON line per measurement (RUN) and one per concurrency and arm (E2E) with medians, range, and the (trimmed,
-geometric) mean of the ratios to "off" of the same round with its standard error (of_off), and processor time a request;
-what there is by the deadline
-is printed, and the servers are stopped in any case.
+Prints a JSON line per measurement (RUN) and one per concurrency and arm (E2E) with medians, range, the (trimmed,
+geometric) mean of the ratios to "off" of the same round with its standard error (of_off), and processor time a
+request; what there is by the deadline is printed, and the servers are stopped in any case.
 
 --prompts and --range-ratio: with many requests of few tokens, and of lengths that differ, the time to first token is
 that of requests which come while others are served, one by one. With equal lengths they end and begin all together.
@@ -49,7 +49,6 @@ from servers import Server, die_with_parent, end_on_sigterm, stop_all, total
 
 ARMS: dict[str, tuple[dict[str, str], list[str]]] = {
     "off": ({"MOE_MONITOR_ENABLED": "0"}, []),
-    "off2": ({"MOE_MONITOR_ENABLED": "0"}, []),
     "on": ({}, []),
     "all": ({"MOE_MONITOR_SAMPLE_RATIO": "1"}, []),
     "untraced": ({"MOE_MONITOR_SAMPLE_RATIO": "0"}, []),
@@ -89,7 +88,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--server", action="append", default=[], help="one more argument for every server")
     args = parser.parse_args(arguments)
     args.arms = args.arms.split(",")
-    if unknown := set(args.arms) - set(ARMS) - set(SHARED):
+    if unknown := set(map(kind_of, args.arms)) - set(ARMS) - set(SHARED):
         parser.error(f"no such arms: {sorted(unknown)}; there are {', '.join([*ARMS, *SHARED])}")
     if missing := {SHARED[arm][0] for arm in args.arms if arm in SHARED} - set(args.arms):
         parser.error(f"these arms are needed too: {sorted(missing)}")
@@ -112,7 +111,7 @@ def say(tag: str, **values: Any) -> None:
 
 
 def launch(args: argparse.Namespace, arm: str, port: int, folder: Path, scratch: Path) -> Server:
-    env, extra = ARMS[arm]
+    env, extra = ARMS[kind_of(arm)]
     env = {"CUDA_VISIBLE_DEVICES": args.gpu, "MOE_MONITOR_DIR": str(scratch / "run"), **env}
     options = ["--load-format", "dummy", "--max-model-len", "2048", "--no-enable-prefix-caching"]
     options += ["--gpu-memory-utilization", args.memory, "--kv-cache-memory-bytes", str(args.kv_bytes)]
@@ -163,36 +162,52 @@ class Results:
         self._found.setdefault((awake, concurrency), {}).setdefault(turn, {})[arm] = values
 
     def lines(self) -> list[dict[str, Any]]:
-        """A row per concurrency and arm. Ratios pair an arm with "off" of the same round."""
+        """A row per concurrency and arm, and one for arms with several servers. Ratios pair an arm with "off" of the
+        same round: the geometric mean of its servers.
+        """
         rows = []
+        together: dict[str, list[str]] = {}
+        for arm in self.arms:
+            together.setdefault(kind_of(arm), []).append(arm)
+        groups = [[arm] for arm in self.arms] + [arms for arms in together.values() if len(arms) > 1]
         for (awake, concurrency), turns in sorted(self._found.items()):
-            for arm in self.arms:
-                mine = [found[arm] for found in turns.values() if arm in found]
+            for arms in groups:
+                mine = [found for found in turns.values() if set(arms) <= set(found)]
                 if not mine:
                     continue
-                row: dict[str, Any] = {"concurrency": concurrency, "awake": awake, "arm": arm, "runs": len(mine)}
+                row: dict[str, Any] = {"concurrency": concurrency, "awake": awake, "arm": "+".join(arms)}
+                row["runs"] = len(mine)
                 for metric in METRICS:
-                    values = [values[metric] for values in mine]
+                    values = [_mean(found, arms, metric) for found in mine]
                     row[metric] = {"median": round(statistics.median(values), 3)}
                     row[metric]["range"] = [round(min(values), 3), round(max(values), 3)]
+                    base = together.get("off", [])
                     pairs = [
-                        found[arm][metric] / found["off"][metric]
-                        for found in turns.values()
-                        if {arm, "off"} <= set(found)
+                        _mean(found, arms, metric) / _mean(found, base, metric)
+                        for found in mine
+                        if base and set(base) <= set(found)
                     ]
-                    if arm != "off" and pairs:
+                    if arms != base and pairs:
                         row[metric]["of_off"] = _mean_ratio(pairs)
                         row[metric]["untrimmed"] = _mean_ratio(pairs, trim=0)
                         row[metric]["ratio_median"] = round(statistics.median(pairs), 4)
                         row[metric]["ratio_range"] = [round(min(pairs), 4), round(max(pairs), 4)]
-                for key in PROCESSOR_TIME:
-                    if all(key in values for values in mine):
-                        row[key] = round(statistics.median(values[key] for values in mine), 1)
-                host = [values["host_us_per_step"] for values in mine if values["host_us_per_step"] is not None]
-                if host:
-                    row["host_us_per_step"] = round(statistics.median(host), 1)
+                for key in ("host_us_per_step", *PROCESSOR_TIME):
+                    known = [found[arm][key] for found in mine for arm in arms if found[arm].get(key) is not None]
+                    if known:
+                        row[key] = round(statistics.median(known), 1)
                 rows.append(row)
         return rows
+
+
+def kind_of(arm: str) -> str:
+    """What an arm with a number is another server of."""
+    return arm.rstrip("0123456789")
+
+
+def _mean(found: dict[str, dict[str, float]], arms: list[str], metric: str) -> float:
+    """Geometric, over some arms of one round."""
+    return math.exp(statistics.fmean(math.log(found[arm][metric]) for arm in arms))
 
 
 def _mean_ratio(pairs: list[float], trim: float = 0.2) -> list[float]:

@@ -31,6 +31,9 @@ INDEX, RING = "requests", "request"
 #: All records of a board stay within this many bytes, but are at least and at most so many.
 _BUDGET, _LEAST, _MOST = 8 << 20, 16, 256
 _LONGEST_ID = 200
+
+#: Bytes of records that are read with one look at the file.
+_READ_AT_ONCE = 1 << 20
 _ENTROPY_MIN = TALLY_COLUMNS.index("entropy_min")
 
 
@@ -268,29 +271,53 @@ class RecordReader:
                 continue
             self._boards[path.name] = _Followed(reader, stamp, _engine_of(reader.identity))
 
-    def _read(self, name: str, followed: _Followed, now: float) -> None:
+    def waiting(self) -> float:
+        """The share of the ring that the records which :meth:`poll` would find take up, of the board that has most."""
+        most = 0.0
+        for name, followed in self._boards.items():
+            with contextlib.suppress(BoardError):
+                last, n = self._index(name, followed)
+                most = max(most, (last - max(0, followed.serial)) / n)
+        return most
+
+    def _index(self, name: str, followed: _Followed) -> tuple[int, int]:
+        """The number of the last record, and how many are kept."""
         index = followed.reader.read(INDEX).arrays
         last, n = int(index["serial"][0]), int(index["n"][0])
         if not 0 < n == followed.reader.copies(RING):
             raise BoardError(f"{name!r} is not a usable board: its index is damaged")
+        return last, n
+
+    def _read(self, name: str, followed: _Followed, now: float) -> None:
+        last, n = self._index(name, followed)
         if followed.serial < 0:
             followed.serial = 0 if self._newest is None else max(0, last - self._newest)
         first = max(followed.serial + 1, last - n + 1)
         self.missed += first - followed.serial - 1
-        for serial in range(first, last + 1):
-            followed.serial = serial
+        followed.serial = first - 1
+        step = max(1, _READ_AT_ONCE // followed.reader.bytes_of(RING))
+        while followed.serial < last:
             self._pause()
-            try:
-                arrays = followed.reader.read(f"{RING}/{serial % n}").arrays
-                meta = Meta.from_array(arrays["meta"])
-            except (BoardError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-                self.missed += 1
-                continue
-            if meta.serial != serial:
-                self.missed += 1
-                continue
-            parts = self._parts.setdefault((*followed.engine, meta.id), _Parts(now))
-            parts.by_board[name] = (followed.reader.identity, Tally(meta, arrays["counts"], arrays["stats"]))
+            begin = followed.serial + 1
+            many = min(step, last - begin + 1, n - begin % n)  # up to the ring's end
+            found = followed.reader.read_ring(RING, begin % n, many)
+            for serial, arrays in enumerate(found, begin):
+                followed.serial = serial
+                self._keep(name, followed, serial, arrays, now)
+                self._pause()
+
+    def _keep(
+        self, name: str, followed: _Followed, serial: int, arrays: dict[str, NDArray[Any]] | None, now: float
+    ) -> None:
+        try:
+            meta = None if arrays is None else Meta.from_array(arrays["meta"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            meta = None
+        if arrays is None or meta is None or meta.serial != serial:
+            self.missed += 1
+            return
+        parts = self._parts.setdefault((*followed.engine, meta.id), _Parts(now))
+        parts.by_board[name] = (followed.reader.identity, Tally(meta, arrays["counts"], arrays["stats"]))
 
     def _complete(self, now: float) -> list[RequestRecord]:
         found = []

@@ -322,6 +322,38 @@ def test_a_ring_is_many_segments_and_one_description(directory):
     assert sizes[0] == sizes[1]
 
 
+def test_what_is_not_whole_of_a_ring_is_left_out_and_the_rest_is_read(directory):
+    """Torn are both slots of one segment, and the newer of another."""
+    writer = BoardWriter(directory, "rank-0", identity(), {"request": Ring(5, {"x": ("<i8", (1500,))})})
+    for lap in (1, 2):
+        for i in range(5):
+            writer.write(f"request/{i}", {"x": np.full(1500, 10 * lap + i)})
+    with BoardReader(writer.path) as reader:
+
+        def read(first, n):
+            return [
+                None if found is None else set(found["x"].tolist()) for found in reader.read_ring("request", first, n)
+            ]
+
+        assert read(0, 5) == [{20}, {21}, {22}, {23}, {24}]
+        assert read(3, 2) == [{23}, {24}] and read(5, 0) == []
+        slot = reader.bytes_of("request") // 2
+        for place, newer in ((1, True), (1, False), (2, True)):
+            at = reader._start + 2 * slot * place
+            at += slot if (writer._sequence[f"request/{place}"] % 2 == 1) == newer else 0
+            os.pwrite(writer._fd, b"\xff", at + 9000)
+        assert read(0, 5) == [{20}, None, {12}, {23}, {24}]
+        for first, n in ((0, 6), (-1, 2), (5, 1), (0, -1)):
+            with pytest.raises(BoardError, match="it has no segments"):
+                reader.read_ring("request", first, n)
+        with pytest.raises(BoardError, match="it has no segments"):
+            reader.read_ring("nothing", 0, 1)
+        os.truncate(writer.path, 2000)
+        with pytest.raises(BoardError, match="too short"):
+            reader.read_ring("request", 3, 1)
+    writer.close()
+
+
 @pytest.mark.parametrize("copies", [-1, 1 << 17, "3", 2.5, None, 100])
 def test_a_ring_that_no_board_has_is_refused(directory, copies):
     """100: more than the file has room for."""

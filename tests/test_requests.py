@@ -21,7 +21,7 @@ from moe_monitor.board import BoardReader, BoardWriter, board_paths
 from moe_monitor.cli.main import main
 from moe_monitor.export.collector import MoeCollector
 from moe_monitor.export.frontboard import FrontBoard, Quartiles
-from moe_monitor.export.frontend import MOST_FINISHED, MOST_RECORDS, Finished, FrontEnd
+from moe_monitor.export.frontend import GATHER, MOST_FINISHED, MOST_RECORDS, POLL, POLL_SOON, Finished, FrontEnd
 from moe_monitor.export.requests import FleetLoad, as_json, mean, overviews, summarise
 from moe_monitor.layout import FIXED_POINT, TALLY_COLUMNS
 from moe_monitor.records import Meta, RecordReader, RecordWriter, Tally, record_segments, short_id
@@ -498,6 +498,31 @@ def test_halves_without_the_other_are_forgotten(tmp_path) -> None:
         assert len(front._records) <= MOST_RECORDS
 
 
+def test_records_are_gathered_while_requests_are_answered_and_not_else(tmp_path, monkeypatch) -> None:
+    front, matched = front_end(tmp_path / "run"), []
+    monkeypatch.setattr(front, "match", lambda now: (matched.append(now), FrontEnd.match(front, now)))
+    with Worker(tmp_path / "run") as worker:
+        finish(front, "a")
+        assert front.look(1.0) == POLL and matched == [1.0]
+        for i in range(1, 5):
+            finish(front, f"b{i}")
+            worker.writer.write([tally(f"b{i}")])
+            assert front.look(1.0 + POLL * i) == POLL
+        assert len(matched) == 1, "not until there is enough, or it is time"
+        finish(front, "c")
+        front.look(1.0 + GATHER)
+        assert matched == [1.0, 1.0 + GATHER] and list(front._finished) == ["a", "c"]
+        front.look(3.1)
+        assert matched[-1] == 3.1, "nobody is in the way"
+        finish(front, "d")
+        worker.writer.write(tally(f"e{i}") for i in range(64))
+        assert front.look(3.2) == POLL_SOON and matched[-1] == 3.2, "a quarter of the ring"
+        finish(front, "f")
+        front.look(3.3)
+        assert matched[-1] == 3.2
+        front._board.close()
+
+
 def test_a_failure_ends_tracing_and_nothing_else(tmp_path, caplog) -> None:
     front = front_end(tmp_path / "run")
     front.match = lambda: 1 / 0
@@ -587,7 +612,7 @@ def test_a_summary_by_hand(tmp_path) -> None:
     assert told["layers"][0]["layer"] == 3
 
 
-def test_requests_that_are_looked_at_together_are_told_as_each_alone(tmp_path) -> None:
+def test_requests_that_are_looked_at_together_are_told_as_each_alone(tmp_path, monkeypatch) -> None:
     """Of two engines, of which one's load is not known, one request without a token, and more than fit at a time."""
     directory = tmp_path / "run"
     with Worker(directory) as worker, Worker(directory, name="rank-1", layers=(2, 5), experts=8, engine="1") as other:
@@ -599,6 +624,7 @@ def test_requests_that_are_looked_at_together_are_told_as_each_alone(tmp_path) -
     load = np.random.default_rng(0).integers(1, 100, (4, 64))
     fleet = lambda record: load if record.engine == "0" else None  # noqa: E731
     pauses = []
+    monkeypatch.setattr("moe_monitor.export.requests._AT_ONCE", 1 << 14)
     told = overviews(records, fleet, lambda: pauses.append(True))
     assert len(told) == 83 and len(pauses) > 2
     for record, overview in zip(records, told, strict=True):

@@ -20,9 +20,11 @@ from moe_monitor.export.requests import FleetLoad, Overview, Summary, overviews,
 from moe_monitor.gil import Turns
 from moe_monitor.records import RecordReader, RequestRecord, short_id
 
-#: Seconds between two looks at the boards, and while many records come: each look costs, and a ring of records holds
-#: no more than three rounds of the worker's.
-POLL, POLL_SOON, MANY = 0.4, 0.2, 16
+#: Seconds between two looks for records, and while many come: a ring holds no more than three rounds of the worker's.
+POLL, POLL_SOON = 0.4, 0.2
+#: While requests are answered records are gathered for so long, in seconds, or until such a share of a ring is full:
+#: every round takes Python's lock from the event loop several times, however little there is to do.
+GATHER, FULL = 2.0, 0.25
 #: How long one half waits for the other, in seconds, and how many may wait, of records also by their size.
 FINISHED_WAITS, RECORD_WAITS = 30.0, 10.0
 MOST_FINISHED, MOST_RECORDS, RECORD_BYTES = 20_000, 512, 64 << 20
@@ -58,6 +60,9 @@ class FrontEnd:
         self._lock = threading.Lock()
         self._finished: dict[str, Finished] = {}
         self._records: dict[str, tuple[float, RequestRecord]] = {}
+        #: Requests that were answered, by now and at the last look; when records were last matched.
+        self._answered = self._looked_at = 0
+        self._matched_at = -math.inf
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self.emit: Callable[[Any, Summary], None] | None = None
@@ -74,6 +79,7 @@ class FrontEnd:
 
     def finish(self, request_id: str, finished: Finished) -> None:
         """A request has been answered."""
+        self._answered += 1
         with self._lock:
             self._finished[short_id(request_id)] = finished
             if len(self._finished) > MOST_FINISHED:
@@ -102,16 +108,24 @@ class FrontEnd:
         wait = POLL
         while not self._stop.wait(wait) and not self.failed:
             try:
-                wait = POLL_SOON if self.match() >= MANY else POLL
+                wait = self.look(time.monotonic())
             except Exception as error:
                 self.fail("matching", error)
         self._board.close()
 
-    def match(self, now: float | None = None) -> int:
-        """One round; how many records came. Raises what reading, the board or OpenTelemetry raise."""
+    def look(self, now: float) -> float:
+        """:meth:`match` if it is time to; seconds until the next look."""
+        quiet, self._looked_at = self._answered == self._looked_at, self._answered
+        full = not quiet and self._reader.waiting() >= FULL
+        if quiet or full or now - self._matched_at >= GATHER:
+            self._matched_at = now
+            self.match(now)
+        return POLL_SOON if full else POLL
+
+    def match(self, now: float | None = None) -> None:
+        """One round. Raises what reading, the board or OpenTelemetry raise."""
         now = time.monotonic() if now is None else now
-        came = self._reader.poll()
-        for record in came:
+        for record in self._reader.poll():
             self._records[record.meta.id] = (now, record)
         pairs = []
         with self._lock:
@@ -138,7 +152,6 @@ class FrontEnd:
         if pairs or lost != self._board.dropped:
             self._board.dropped = lost
             self._board.publish()
-        return len(came)
 
     def _tell(self, finished: Finished, record: RequestRecord, overview: Overview) -> None:
         values = overview._asdict() | {"e2e": finished.e2e, "ttft": finished.ttft, "tpot": finished.tpot}

@@ -22,7 +22,7 @@ from moe_monitor.records import RecordReader, RequestRecord, lowest_entropy
 from moe_monitor.snapshot import EngineSnapshot
 
 #: Counts of this many (layer, phase, expert) are worked on at a time.
-_AT_ONCE = 1 << 15
+_AT_ONCE = 1 << 17
 
 #: Experts named per layer, and the window of the fleet's load that drift is measured against, in seconds.
 TOP_EXPERTS, FLEET_WINDOW = 4, 300.0

@@ -209,7 +209,7 @@ class RecordReader:
         self,
         directory: Path,
         server: str | None = None,
-        patience: float = 1.5,
+        patience: float = 3.5,
         *,
         newest: int | None = None,
         pause: Callable[[], None] = lambda: None,

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ from moe_monitor.snapshot import STATUS_SEGMENT, Status, read_engines, routing_s
 
 torch = pytest.importorskip("torch")
 
+from moe_monitor.capture.fuse import Fuse  # noqa: E402
+from moe_monitor.capture.publisher import HAND_OVER, Publisher, Reading  # noqa: E402
 from moe_monitor.capture.requests import LOOK_FOR_LOST, LOST_AFTER, New, Tracer, chosen, wish  # noqa: E402
 from moe_monitor.capture.tallies import HostTallies, slot_bytes  # noqa: E402
 
@@ -324,6 +327,64 @@ class Worker:
 
     def __exit__(self, *_):
         self.board.close()
+
+
+def test_a_worker_hands_over_when_it_is_idle_when_it_is_time_and_when_slots_run_short(tmp_path) -> None:
+    """Asked by hand, as the publisher's thread does every 0.4 s."""
+    requests = SimpleNamespace(pending=False, pressing=False, drained=[])
+
+    def drain(limit):
+        requests.drained.append(limit)
+        requests.pending = False
+        return []
+
+    requests.drain = drain
+    rows = routed_rows(4, 64, 8, 10)
+    source = SimpleNamespace(passes=0, read=lambda: Reading(rows, 0))
+    fuse = Fuse(logging.getLogger("test"))
+    publisher = Publisher(
+        tmp_path / "run",
+        "rank-0",
+        identity(),
+        fuse,
+        source,
+        interval=60.0,
+        log_interval=0,
+        logger=logging.getLogger("test"),
+    )
+    publisher.close()
+    publisher._requests = requests
+    due: list[int] = []
+    for look in range(20):
+        source.passes += look < 12 or look > 14  # no pass in the looks 12 to 14
+        requests.pending = look not in (0, 13)
+        requests.pressing = look == 18
+        if publisher.has_gathered(HAND_OVER * look):
+            due.append(look)
+            requests.drain(0)
+            publisher._empty_at = HAND_OVER * look
+    assert due == [5, 10, 12, 14, 18]
+    publisher._records = SimpleNamespace(at_once=5, write=lambda finished: None)
+    publisher.hand_over()
+    requests.pending, source.passes = True, 100
+    assert requests.drained[5:] == [5]
+    assert not publisher.has_gathered(time.monotonic()), "what comes now is gathered anew"
+
+
+def test_slots_press_when_a_quarter_waits_or_is_all_that_is_free() -> None:
+    engine = Engine(slots=8)
+    engine.step([new(name) for name in "abcde"])
+    assert not engine.tracer.pressing, "nobody waits"
+    engine.step(finished="a")
+    assert not engine.tracer.pressing
+    engine.step(finished="b")
+    assert engine.tracer.pressing, "a quarter waits"
+    engine.tracer.drain(1)
+    assert not engine.tracer.pressing
+    engine.step([new("f"), new("g")])
+    assert engine.tracer.pressing, "one waits, and two are free"
+    engine.tracer.drain(1)
+    assert not engine.tracer.pressing
 
 
 def test_records_arrive_once_and_in_order(tmp_path) -> None:

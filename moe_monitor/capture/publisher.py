@@ -38,10 +38,15 @@ class Source(Protocol):
 
 
 class Requests(Protocol):
-    """Where finished traced requests come from; ``drain`` takes at most so many and may wait for a device copy."""
+    """Where finished traced requests come from; ``drain`` takes at most so many and may wait for a device copy.
+    ``pressing``: they keep room that will soon be needed.
+    """
 
     @property
     def pending(self) -> bool: ...
+
+    @property
+    def pressing(self) -> bool: ...
 
     def drain(self, limit: int) -> list[Tally]: ...
 
@@ -64,9 +69,10 @@ DROPPED = {
     "latency_samples": "a timed pass was given up because earlier ones were not yet worked off",
 }
 
-#: Finished requests are handed over so often, whatever the publishing interval, and twice as often while some are left.
-#: Seconds.
-HAND_OVER = 0.4
+#: Finished requests are looked for so often, in seconds, whatever the publishing interval, and twice as often while
+#: they press. While passes are run they are gathered for so long: taking them off the device costs the model's thread
+#: some of Python's lock, however few they are.
+HAND_OVER, GATHER = 0.4, 2.0
 
 
 class Publisher:
@@ -110,6 +116,8 @@ class Publisher:
         self._records = RecordWriter(self._board, segments)
         remove_dead_boards(directory)
         self._published = -1
+        #: Passes at the last look for finished requests, and when there were none.
+        self._passes, self._empty_at = -1, time.monotonic()
         self._missing = False
         self._said: set[str] = set()
         self._wake = threading.Event()
@@ -124,12 +132,12 @@ class Publisher:
         while not self._stopping:
             wait = due - time.monotonic()
             if self._requests is not None:
-                wait = min(wait, HAND_OVER / 2 if self._requests.pending else HAND_OVER)
+                wait = min(wait, HAND_OVER / 2 if self._requests.pressing else HAND_OVER)
             woken = self._wake.wait(max(0.0, wait))
             self._wake.clear()
             self._fuse.interrupt_hung()
             try:
-                finished = self._requests is not None and self._requests.pending
+                finished = self.has_gathered(time.monotonic())
                 if woken or finished or time.monotonic() >= due:
                     due = time.monotonic() + self._interval
                     self.publish()  # before the requests: whoever sees them also sees the load that they are part of
@@ -139,6 +147,18 @@ class Publisher:
                 self._fuse.blow("publish", error)
                 self._last_words()
                 return
+
+    def has_gathered(self, now: float) -> bool:
+        """Whether it is time to :meth:`hand_over`; to be asked every HAND_OVER seconds."""
+        requests, source = self._requests, self._source
+        if requests is None or source is None:
+            return False
+        passes = source.passes
+        quiet, self._passes = passes == self._passes, passes
+        if not requests.pending:
+            self._empty_at = now
+            return False
+        return quiet or requests.pressing or now - self._empty_at >= GATHER
 
     def publish(self) -> None:
         """One round. Raises what the board or the device copy raise."""
@@ -177,7 +197,10 @@ class Publisher:
         """Write what traced requests have finished. Raises what the board or the device copy raise."""
         requests = self._requests
         if requests is not None and requests.pending and not self._fuse.blown:
-            self._records.write(requests.drain(self._records.at_once))
+            finished = requests.drain(self._records.at_once)
+            self._records.write(finished)
+            if len(finished) < self._records.at_once:  # none are left
+                self._empty_at = time.monotonic()
 
     def _write_status(self) -> None:
         self._board.write("status", {"json": self._fuse.status.to_array()})

@@ -121,6 +121,12 @@ class Tracer:
         """Whether :meth:`drain` has something to do."""
         return bool(self._done)
 
+    @property
+    def pressing(self) -> bool:
+        """Whether a quarter of all slots waits for :meth:`drain`, or some do and no more than that is free."""
+        waiting, free, quarter = len(self._done), len(self._free), self._store.slots / 4
+        return waiting >= quarter or (waiting > 0 and free <= quarter)
+
     # the thread that runs the model
 
     def traces_any(self, ids: Collection[str]) -> bool:

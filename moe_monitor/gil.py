@@ -14,8 +14,8 @@ def let_others() -> None:
 
 
 class Turns:
-    """:func:`let_others`, but no more often than every ``hold`` seconds of the calling thread's time: each time costs a
-    wake-up, some 50 us of a processor.
+    """:func:`let_others`, but no more often than every ``hold`` seconds, waits for the lock included: each time costs a
+    wake-up.
     """
 
     def __init__(self, hold: float = 0.0003) -> None:

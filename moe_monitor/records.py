@@ -32,6 +32,9 @@ INDEX, RING = "requests", "request"
 _BUDGET, _LEAST, _MOST = 8 << 20, 16, 256
 _LONGEST_ID = 200
 
+#: How long a record waits for those of other ranks, in seconds: they gather by clocks of their own.
+PATIENCE = 3.5
+
 #: Bytes of records that are read with one look at the file.
 _READ_AT_ONCE = 1 << 20
 _ENTROPY_MIN = TALLY_COLUMNS.index("entropy_min")
@@ -106,7 +109,7 @@ class RecordWriter:
 
     @property
     def at_once(self) -> int:
-        """Records of one round: few enough that readers who are a few rounds late still see all."""
+        """Records of one round: few enough that readers who are two rounds late still see all."""
         return self._n // 3
 
     def write(self, tallies: Iterable[Tally]) -> None:
@@ -134,6 +137,8 @@ class RequestRecord:
     counts: NDArray[np.int64]
     stats: NDArray[np.int64]
     identity: dict[str, Any]
+    #: Whether all of the engine's ranks that have a board gave their part.
+    whole: bool = True
 
     def column(self, name: str) -> NDArray[np.int64]:
         """A column of :data:`~moe_monitor.layout.TALLY_COLUMNS` for all layers."""
@@ -202,14 +207,15 @@ class RecordReader:
 
     server: only this server's boards; None for all. patience: seconds to wait for the other ranks of an engine once
     one has handed a request over. newest: how many of those that a board has already are of interest; None for all.
-    pause: called before each record. ``missed`` counts records that were overwritten before they were read.
+    pause: called before each read and after each record. ``missed`` counts records that were overwritten before they
+    were read.
     """
 
     def __init__(
         self,
         directory: Path,
         server: str | None = None,
-        patience: float = 3.5,
+        patience: float = PATIENCE,
         *,
         newest: int | None = None,
         pause: Callable[[], None] = lambda: None,
@@ -221,7 +227,7 @@ class RecordReader:
         self._pause = pause
         self._boards: dict[str, _Followed] = {}
         self._ignored: dict[str, tuple[int, int]] = {}
-        #: When the directory had last changed as its boards were looked for.
+        #: When the directory had last changed as its boards were looked for; NaN: they must be looked for again.
         self._listed = math.nan
         self._parts: dict[tuple[str, str, str, str], _Parts] = {}
         self.missed = 0
@@ -239,9 +245,10 @@ class RecordReader:
         looked = time.time()
         try:
             changed = os.stat(self._directory).st_mtime
-            if changed == self._listed and looked - changed > _CLOCK_TICK:
+            if changed == self._listed:
                 return
-            paths, self._listed = board_paths(self._directory), changed
+            # Not for good if it may change once more without its time telling.
+            paths, self._listed = board_paths(self._directory), changed if looked - changed > _CLOCK_TICK else math.nan
         except (BoardError, OSError):
             paths, self._listed = [], math.nan
         here = {path.name for path in paths}
@@ -323,11 +330,14 @@ class RecordReader:
         found = []
         for key, parts in list(self._parts.items()):
             engine = [name for name, followed in self._boards.items() if followed.engine == key[:3]]
-            if set(engine) <= set(parts.by_board) or now - parts.since >= self._patience:
+            whole = set(engine) <= set(parts.by_board)
+            if whole or now - parts.since >= self._patience:
                 del self._parts[key]
                 self._pause()
                 with contextlib.suppress(ValueError, KeyError, TypeError):
-                    found.append(_merge(list(parts.by_board.values())))
+                    record = _merge(list(parts.by_board.values()))
+                    record.whole = whole
+                    found.append(record)
         return sorted(found, key=lambda record: record.meta.finished)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,9 +24,9 @@ from moe_monitor.cli.main import main
 from moe_monitor.export.collector import MoeCollector
 from moe_monitor.export.frontboard import FrontBoard, Quartiles
 from moe_monitor.export.frontend import GATHER, MOST_FINISHED, MOST_RECORDS, POLL, POLL_SOON, Finished, FrontEnd
-from moe_monitor.export.requests import FleetLoad, as_json, mean, overviews, summarise
+from moe_monitor.export.requests import FleetLoad, as_json, mean, overviews, recent, summarise
 from moe_monitor.layout import FIXED_POINT, TALLY_COLUMNS
-from moe_monitor.records import Meta, RecordReader, RecordWriter, Tally, record_segments, short_id
+from moe_monitor.records import PATIENCE, Meta, RecordReader, RecordWriter, Tally, record_segments, short_id
 from moe_monitor.snapshot import STATUS_SEGMENT, Status, read_engines, routing_segment
 
 torch = pytest.importorskip("torch")
@@ -364,6 +365,12 @@ def test_a_worker_hands_over_when_it_is_idle_when_it_is_time_and_when_slots_run_
             requests.drain(0)
             publisher._empty_at = HAND_OVER * look
     assert due == [5, 10, 12, 14, 18]
+    publisher._empty_at, now = 100.0, 100.0
+    for i in range(12):  # as where the publishing interval wakes the thread in between, and a pass takes 0.15 s
+        now += 0.05 if i % 2 else 0.1
+        source.passes += i % 2 == 0
+        requests.pending = True
+        assert not publisher.has_gathered(now), "no pass has ended since a moment ago, but it is not idle"
     publisher._records = SimpleNamespace(at_once=5, write=lambda finished: None)
     publisher.hand_over()
     requests.pending, source.passes = True, 100
@@ -568,7 +575,7 @@ def test_records_are_gathered_while_requests_are_answered_and_not_else(tmp_path,
         for i in range(1, 5):
             finish(front, f"b{i}")
             worker.writer.write([tally(f"b{i}")])
-            assert front.look(1.0 + POLL * i) == POLL
+            assert front.look(1.0 + POLL * i) == POLL_SOON
         assert len(matched) == 1, "not until there is enough, or it is time"
         finish(front, "c")
         front.look(1.0 + GATHER)
@@ -579,18 +586,18 @@ def test_records_are_gathered_while_requests_are_answered_and_not_else(tmp_path,
         worker.writer.write(tally(f"e{i}") for i in range(64))
         assert front.look(3.2) == POLL_SOON and matched[-1] == 3.2, "a quarter of the ring"
         finish(front, "f")
-        front.look(3.3)
+        assert front.look(3.3) == POLL, "nothing waits"
         assert matched[-1] == 3.2
         front._board.close()
 
 
 def test_a_failure_ends_tracing_and_nothing_else(tmp_path, caplog) -> None:
     front = front_end(tmp_path / "run")
-    front.match = lambda: 1 / 0
+    front.match = lambda now: 1 / 0
     front.finish("a", Finished(0.0))
     front._thread.join(5)
     assert front.failed
-    assert caplog.text.count("traces no requests any more") == 1
+    assert caplog.text.count("traces no requests any more") == 1 and "ZeroDivisionError" in caplog.text
 
 
 def test_api_servers_add_up(tmp_path) -> None:
@@ -710,10 +717,28 @@ def test_boards_are_looked_for_when_the_directory_has_changed(tmp_path, monkeypa
         with Worker(directory, name="rank-1", engine="1") as other:
             other.writer.write([tally("c")])
             assert [r.meta.id for r in reader.poll()] == ["c"] and len(looked) == 2
-            reader.poll()
-            assert len(looked) == 3, "it may have changed once more in the same moment"
+            changed = os.stat(directory)
+            with Worker(directory, name="rank-2", engine="2") as third:  # in the same tick of the directory's clock
+                os.utime(directory, ns=(changed.st_mtime_ns,) * 2)
+                third.writer.write([tally("d")])
+                now = time.time()
+                monkeypatch.setattr("moe_monitor.records.time.time", lambda: now + 3.0)
+                assert [r.meta.id for r in reader.poll()] == ["d"] and len(looked) == 3
+                assert reader.poll() == [] and len(looked) == 3
         assert reader.poll() == [] and len(reader._boards) == 1
     reader.close()
+
+
+def test_a_request_that_a_rank_has_yet_to_hand_over_is_not_shown_by_half(tmp_path) -> None:
+    directory = tmp_path / "run"
+    fleet = FleetLoad(MoeCollector(directory, server="server-1"))
+    old = tally("old", layers=2)
+    old = replace(old, meta=replace(old.meta, finished=time.time() - PATIENCE - 1))
+    with Worker(directory, "s0", layers=(0, 1)) as first, Worker(directory, "s1", layers=(2, 3)) as second:
+        first.writer.write([old, tally("a", layers=2)])
+        assert [(s.record.meta.id, s.record.layers) for s in recent(directory, fleet)] == [("old", (0, 1))]
+        second.writer.write([tally("a", layers=2)])
+        assert [s.record.layers for s in recent(directory, fleet)] == [(0, 1, 2, 3), (0, 1)]
 
 
 def test_a_request_without_tokens_knows_nothing(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -116,8 +117,8 @@ class Publisher:
         self._records = RecordWriter(self._board, segments)
         remove_dead_boards(directory)
         self._published = -1
-        #: Passes at the last look for finished requests, and when there were none.
-        self._passes, self._empty_at = -1, time.monotonic()
+        #: Passes at the last look for finished requests, when that was, and when there were none.
+        self._passes, self._looked, self._empty_at = -1, -math.inf, time.monotonic()
         self._missing = False
         self._said: set[str] = set()
         self._wake = threading.Event()
@@ -149,16 +150,23 @@ class Publisher:
                 return
 
     def has_gathered(self, now: float) -> bool:
-        """Whether it is time to :meth:`hand_over`; to be asked every HAND_OVER seconds."""
+        """Whether it is time to :meth:`hand_over`. ``now``: monotonic, seconds."""
         requests, source = self._requests, self._source
         if requests is None or source is None:
             return False
-        passes = source.passes
-        quiet, self._passes = passes == self._passes, passes
+        quiet = False
+        if now - self._looked >= 0.75 * HAND_OVER:  # a pass may take longer than this thread sleeps
+            passes = source.passes
+            quiet, self._passes, self._looked = passes == self._passes, passes, now
         if not requests.pending:
             self._empty_at = now
             return False
         return quiet or requests.pressing or now - self._empty_at >= GATHER
+
+    @property
+    def pending(self) -> bool:
+        """Whether requests have finished that are not handed over."""
+        return self._requests is not None and self._requests.pending
 
     def publish(self) -> None:
         """One round. Raises what the board or the device copy raise."""
@@ -197,9 +205,8 @@ class Publisher:
         """Write what traced requests have finished. Raises what the board or the device copy raise."""
         requests = self._requests
         if requests is not None and requests.pending and not self._fuse.blown:
-            finished = requests.drain(self._records.at_once)
-            self._records.write(finished)
-            if len(finished) < self._records.at_once:  # none are left
+            self._records.write(requests.drain(self._records.at_once))
+            if not self.pending:
                 self._empty_at = time.monotonic()
 
     def _write_status(self) -> None:

@@ -6,6 +6,7 @@ routed. Either may come first. A thread brings them together, for metrics and fo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -20,7 +21,7 @@ from moe_monitor.export.requests import FleetLoad, Overview, Summary, overviews,
 from moe_monitor.gil import Turns
 from moe_monitor.records import RecordReader, RequestRecord, short_id
 
-#: Seconds between two looks for records, and while many come: a ring holds no more than three rounds of the worker's.
+#: Seconds between two looks for records, and while some wait: a ring holds three rounds of the worker's, 0.2 s apart.
 POLL, POLL_SOON = 0.4, 0.2
 #: While requests are answered records are gathered for so long, in seconds, or until such a share of a ring is full:
 #: every round takes Python's lock from the event loop several times, however little there is to do.
@@ -111,16 +112,19 @@ class FrontEnd:
                 wait = self.look(time.monotonic())
             except Exception as error:
                 self.fail("matching", error)
+        if not self.failed:
+            with contextlib.suppress(Exception):
+                self.match()  # what was gathered
         self._board.close()
 
     def look(self, now: float) -> float:
         """:meth:`match` if it is time to; seconds until the next look."""
         quiet, self._looked_at = self._answered == self._looked_at, self._answered
-        full = not quiet and self._reader.waiting() >= FULL
-        if quiet or full or now - self._matched_at >= GATHER:
+        waiting = 0.0 if quiet else self._reader.waiting()
+        if quiet or waiting >= FULL or now - self._matched_at >= GATHER:
             self._matched_at = now
             self.match(now)
-        return POLL_SOON if full else POLL
+        return POLL_SOON if waiting else POLL
 
     def match(self, now: float | None = None) -> None:
         """One round. Raises what reading, the board or OpenTelemetry raise."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moe_monitor import statistics
 from moe_monitor.export.windows import History
 from moe_monitor.layout import FIXED_POINT, NO_ENTROPY, TALLY_COLUMNS
-from moe_monitor.records import RecordReader, RequestRecord, lowest_entropy
+from moe_monitor.records import PATIENCE, RecordReader, RequestRecord, lowest_entropy
 from moe_monitor.snapshot import EngineSnapshot
 
 #: Counts of this many (layer, phase, expert) are worked on at a time.
@@ -217,9 +217,12 @@ class Collects(Protocol):
 
 
 class FleetLoad:
-    """Recent load of each engine, read again at most every few seconds. Thread-safe; never raises."""
+    """Recent load of each engine, read again at most every ten seconds. Thread-safe; never raises.
 
-    REFRESH = 10.0
+    Every second while an engine has made fewer than FEW choices of experts: shares of little load are chance.
+    """
+
+    REFRESH, SOON, FEW = 10.0, 1.0, 1 << 20
 
     def __init__(self, collector: Collects) -> None:
         self._collector = collector
@@ -234,7 +237,8 @@ class FleetLoad:
             age = time.monotonic() - self._read
             known = self._loads.get(key)
             # An engine that has only begun to route is looked at again at once.
-            if age >= self.REFRESH or (age >= 0.1 and (known is None or not known[1].any())):
+            routed = 0 if known is None else int(known[1].sum())
+            if age >= (0.1 if not routed else self.SOON if routed < self.FEW else self.REFRESH):
                 self._refresh()
             layers, load = self._loads.get(key, ((), None))
         return load if layers == record.layers else None
@@ -258,6 +262,8 @@ def recent(directory: Path, fleet: FleetLoad, limit: int = 1000) -> list[Summary
         reader.close()
     found = []
     for record in records[::-1][:limit]:
+        if not record.whole and time.time() - record.meta.finished < PATIENCE:
+            continue  # the other ranks' parts are still to come
         with contextlib.suppress(ValueError, KeyError, TypeError):
             found.append(summarise(record, fleet.of(record)))
     return found

@@ -390,7 +390,8 @@ class Launcher:
         n_valid_device: Tensor | None = None,
         stream: int | None = None,
     ) -> None:
-        """Count one pass of the layers in ``table`` (int64 [launched, 2] on the device, as :func:`table_of` makes it).
+        """Count one pass of the layers in ``table`` (int64 [launched, 2] as :func:`table_of` makes it, where the
+        device can read it).
 
         Rows ``row_start .. row_start + n_valid`` of each layer's logits and ids are the real tokens. ``row_of`` (int32
         [launched]): the counter row that each entry of the table adds to, default 0, 1, 2... ``strides``: elements from

@@ -105,8 +105,9 @@ class DeviceTallies:
     Made on the first router's pass, when the device is known: see :meth:`set_up`.
     """
 
-    #: Slots taken in one go, and attributions on their way to the device at once.
-    _BATCH, _RING = 32, 16
+    #: Slots taken in one go, attributions that may be queued at once, and rows up to which kernels read the host's
+    #: memory: once for each layer, which of many rows would take longer than a copy.
+    _BATCH, _RING, _IN_PLACE = 32, 16, 1024
 
     def __init__(self, slots: int, layers: int, experts: int) -> None:
         self.slots = slots
@@ -136,19 +137,20 @@ class DeviceTallies:
         self._stats_out = torch.empty((n, *made.stats.shape[1:]), dtype=torch.int64, pin_memory=pin)
         self._index = torch.zeros(n, dtype=torch.int64, pin_memory=pin)
         self._index_device = torch.zeros(self._BATCH, dtype=torch.int64, device=device)
-        self._ring = self._ring_of(1024)
+        self._ring = self._ring_of(self._IN_PLACE, self._sender)
+        self._wide = self._ring_of(2 * self._IN_PLACE, None)
         self.take([0])  # loads the kernels now rather than while serving
         return made
 
-    def _ring_of(self, rows: int) -> Ring:
-        return Ring(self._device, self._RING, (rows,), torch.int32, self._sender)
+    def _ring_of(self, rows: int, sender: Sender | None) -> Ring:
+        return Ring(self._device, self._RING, (rows,), torch.int32, sender)
 
     def set_rows(self, owners: Owners | None) -> None:
         self.owners = owners
 
     def rows(self, start: int, skip: int, n: int) -> Tensor | None:
-        """The attribution on the device for a launch over ``n`` router rows from ``start`` on, of which the first is
-        the batch's row ``skip``. None: nobody is traced, and the cheaper kernel will do.
+        """The attribution, where kernels find it, for a launch over ``n`` router rows from ``start`` on, of which the
+        first is the batch's row ``skip``. None: nobody is traced, and the cheaper kernel will do.
 
         Indexed as the router's rows are. Sent once for the launches of a pass.
         """
@@ -160,10 +162,13 @@ class DeviceTallies:
             return self._sent_to
         if skip + n > owners.rows:
             raise ValueError(f"{owners.rows} rows are attributed to requests, the router saw {skip + n}")
-        if start + n > self._ring.size:
-            self._outgrown.append(self._ring)  # copies out of it may not have run yet
-            self._ring = self._ring_of(2 * (start + n))
-        self._sent, self._sent_to = wanted, self._ring.send(owners.codes()[skip : skip + n], start)
+        ring = self._ring
+        if start + n > ring.size:
+            if start + n > self._wide.size:
+                self._outgrown.append(self._wide)  # copies out of it may not have run yet
+                self._wide = self._ring_of(2 * (start + n), None)
+            ring = self._wide
+        self._sent, self._sent_to = wanted, ring.send(owners.codes()[skip : skip + n], start)
         return self._sent_to
 
     def launched_on(self, stream: torch.cuda.Stream) -> None:

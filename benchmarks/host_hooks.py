@@ -261,8 +261,9 @@ def main() -> None:
     parser.add_argument("--traced", type=float, default=0.1, help="share of requests that are traced")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32, 128])
     parser.add_argument("--cold", action="store_true", help="other work between the hooks")
-    parser.add_argument("--unsealed", action="store_true", help="graphs that are counted after their replay")
-    parser.add_argument("--bare", action="store_true", help="passes without a graph")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--unsealed", action="store_true", help="graphs that are counted after their replay")
+    ways.add_argument("--bare", action="store_true", help="passes without a graph")
     args = parser.parse_args()
     way = "bare" if args.bare else "unsealed" if args.unsealed else "sealed"
     kernels.torch._C._cuda_getCurrentRawStream = nothing

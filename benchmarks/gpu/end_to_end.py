@@ -163,7 +163,7 @@ class Results:
 
     def lines(self) -> list[dict[str, Any]]:
         """A row per concurrency and arm, and one for arms with several servers. Ratios pair an arm with "off" of the
-        same round: the geometric mean of its servers.
+        same round: the geometric mean of its servers; one of those with the others.
         """
         rows = []
         together: dict[str, list[str]] = {}
@@ -181,13 +181,11 @@ class Results:
                     values = [_mean(found, arms, metric) for found in mine]
                     row[metric] = {"median": round(statistics.median(values), 3)}
                     row[metric]["range"] = [round(min(values), 3), round(max(values), 3)]
-                    base = together.get("off", [])
-                    pairs = [
-                        _mean(found, arms, metric) / _mean(found, base, metric)
-                        for found in mine
-                        if base and set(base) <= set(found)
-                    ]
-                    if arms != base and pairs:
+                    base = [arm for arm in together.get("off", []) if arm not in arms]
+                    whole = [found for found in mine if base and set(base) <= set(found)]
+                    means = [(_mean(found, arms, metric), _mean(found, base, metric)) for found in whole]
+                    pairs = [a / b for a, b in means if a > 0 < b]
+                    if pairs:
                         row[metric]["of_off"] = _mean_ratio(pairs)
                         row[metric]["untrimmed"] = _mean_ratio(pairs, trim=0)
                         row[metric]["ratio_median"] = round(statistics.median(pairs), 4)
@@ -207,7 +205,7 @@ def kind_of(arm: str) -> str:
 
 def _mean(found: dict[str, dict[str, float]], arms: list[str], metric: str) -> float:
     """Geometric, over some arms of one round."""
-    return math.exp(statistics.fmean(math.log(found[arm][metric]) for arm in arms))
+    return float(math.prod(found[arm][metric] for arm in arms) ** (1 / len(arms)))
 
 
 def _mean_ratio(pairs: list[float], trim: float = 0.2) -> list[float]:

@@ -111,7 +111,10 @@ class Server:
         """
         used = {"loop": 0.0, "front": 0.0, "engine": 0.0}
         for pid in self.processes():
-            for task in Path(f"/proc/{pid}/task").iterdir():
+            tasks: list[Path] = []
+            with contextlib.suppress(OSError):
+                tasks = list(Path(f"/proc/{pid}/task").iterdir())
+            for task in tasks:
                 with contextlib.suppress(OSError):
                     seconds = int((task / "schedstat").read_text().split()[0]) / 1e9
                     main, front = int(task.name) == pid, pid == self.process.pid

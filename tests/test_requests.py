@@ -704,6 +704,29 @@ def test_requests_that_are_looked_at_together_are_told_as_each_alone(tmp_path, m
     assert unknown["b0"] == [False, False, True] and unknown["a7"] == [False, False, False]
 
 
+def test_the_fleets_load_is_read_again_sooner_while_there_is_little_of_it(tmp_path, monkeypatch) -> None:
+    collector, now, reads = MoeCollector(tmp_path / "run", server="server-1"), [0.0], []
+    monkeypatch.setattr("moe_monitor.export.requests.time.monotonic", lambda: now[0])
+    read = collector.read
+    collector.read = lambda: (reads.append(now[0]), read())[1]
+    fleet = FleetLoad(collector)
+    with Worker(tmp_path / "run") as worker:
+        worker.writer.write([tally("a")])
+        with contextlib.closing(RecordReader(tmp_path / "run")) as reader:
+            (record,) = reader.poll()
+
+        def read_at(*times):
+            reads.clear()
+            for now[0] in times:
+                assert fleet.of(record) is not None
+            return reads
+
+        assert read_at(0.0, 0.5, 1.0, 1.5, 2.0) == [0.0, 1.0, 2.0]
+        assert 4 * 8 * 1000 < FleetLoad.FEW < 4 * 8 * 50_000  # choices of so many tokens
+        worker.board.write("routing", {"rows": routed_rows(4, 64, 8, 50_000), "passes": np.array([2])})
+        assert read_at(3.0, 4.0, 12.9, 13.0) == [3.0, 13.0]
+
+
 def test_boards_are_looked_for_when_the_directory_has_changed(tmp_path, monkeypatch) -> None:
     directory, looked = tmp_path / "run", []
     monkeypatch.setattr("moe_monitor.records.board_paths", lambda path: looked.append(path) or board_paths(path))

@@ -374,16 +374,15 @@ class BoardReader:
                 raise self._refuse(f"reading failed: {error.strerror}") from error
             if len(both) < 2 * _slot(size):
                 raise self._refuse("it is too short")
-            slots = [bytearray(both[i : i + _SEGMENT.size + size]) for i in (0, _slot(size))]
-            whole = [data for data in slots if _is_whole(data)]
+            whole = [slot for slot in (0, _slot(size)) if _is_whole(both, slot, size)]
             if not whole:
                 continue
-            data = max(whole, key=_SEGMENT.unpack_from)
-            sequence, wall, monotonic, _ = _SEGMENT.unpack_from(data)
+            newest = max(whole, key=lambda slot: _SEGMENT.unpack_from(both, slot))
+            sequence, wall, monotonic, _ = _SEGMENT.unpack_from(both, newest)
             if len(whole) == 1 and alone != sequence:
                 alone = sequence
                 continue
-            arrays = _arrays(data, 0, table)
+            arrays = _arrays(bytearray(both), newest, table)  # whoever asked may write to them
             # The monotonic clock is one for all processes of a boot; the wall clock may jump.
             age = max(0.0, (time.monotonic_ns() - monotonic) / 1e9)
             return Record(arrays, sequence, wall / 1e9, age)
@@ -409,7 +408,7 @@ class BoardReader:
         found: list[dict[str, NDArray[Any]] | None] = []
         for begin in range(0, n * both, both):
             slots = sorted((begin, begin + _slot(size)), key=lambda slot: -_SEGMENT.unpack_from(data, slot)[0])
-            whole = next((slot for slot in slots if _is_whole_at(data, slot, size)), None)
+            whole = next((slot for slot in slots if _is_whole(data, slot, size)), None)
             found.append(None if whole is None else _arrays(data, whole, table))
         return found
 
@@ -433,9 +432,9 @@ def _arrays(data: bytes | bytearray, slot: int, table: Mapping[str, Any]) -> dic
     }
 
 
-def _is_whole_at(data: bytes, slot: int, size: int) -> bool:
-    """:func:`_is_whole` of a slot in the middle of others. In small parts: for more than 5 KiB zlib hands over Python's
-    lock, and in a busy server it takes milliseconds to get that back.
+def _is_whole(data: bytes, slot: int, size: int) -> bool:
+    """Whether the slot that begins there is as it was written. Looked at in small parts: for more than 5 KiB zlib hands
+    over Python's lock, and in a busy server it takes milliseconds to get that back.
     """
     sequence, wall, monotonic, crc = _SEGMENT.unpack_from(data, slot)
     found = zlib.crc32(_SEGMENT.pack(sequence, wall, monotonic, 0))
@@ -443,13 +442,6 @@ def _is_whole_at(data: bytes, slot: int, size: int) -> bool:
     for part in range(0, size, _CRC_AT_ONCE):
         found = zlib.crc32(payload[part : part + _CRC_AT_ONCE], found)
     return bool(found == crc)
-
-
-def _is_whole(slot: bytearray) -> bool:
-    """Whether a slot is as it was written."""
-    sequence, wall, monotonic, crc = _SEGMENT.unpack_from(slot)
-    _SEGMENT.pack_into(slot, 0, sequence, wall, monotonic, 0)
-    return bool(zlib.crc32(slot) == crc)
 
 
 def _whole(value: Any, limit: int) -> int:

@@ -31,14 +31,13 @@ INDEX, RING = "requests", "request"
 #: All records of a board stay within this many bytes, but are at least and at most so many.
 _BUDGET, _LEAST, _MOST = 8 << 20, 16, 256
 _LONGEST_ID = 200
+_ENTROPY_MIN = TALLY_COLUMNS.index("entropy_min")
 
 #: How long a record waits for those of other ranks, in seconds: they gather by clocks of their own.
 PATIENCE = 3.5
 
 #: Bytes of records that are read with one look at the file.
 _READ_AT_ONCE = 1 << 20
-_ENTROPY_MIN = TALLY_COLUMNS.index("entropy_min")
-
 
 #: Seconds in which a directory may change twice and its time of change only once, generously.
 _CLOCK_TICK = 1.0

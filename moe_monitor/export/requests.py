@@ -100,8 +100,7 @@ class Summary:
 
 def mean(values: Floats) -> float:
     """Mean of what is known; NaN when nothing is."""
-    known = values[~np.isnan(values)]
-    return float(known.sum()) / len(known) if len(known) else math.nan
+    return _means(values[np.newaxis])[0]
 
 
 def least(values: Floats) -> float:

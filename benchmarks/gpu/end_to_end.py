@@ -186,8 +186,8 @@ class Results:
                     means = [(_mean(found, arms, metric), _mean(found, base, metric)) for found in whole]
                     pairs = [a / b for a, b in means if a > 0 < b]
                     if pairs:
-                        row[metric]["of_off"] = _mean_ratio(pairs)
-                        row[metric]["untrimmed"] = _mean_ratio(pairs, trim=0)
+                        row[metric]["of_off"] = mean_ratio(pairs)
+                        row[metric]["untrimmed"] = mean_ratio(pairs, trim=0)
                         row[metric]["ratio_median"] = round(statistics.median(pairs), 4)
                         row[metric]["ratio_range"] = [round(min(pairs), 4), round(max(pairs), 4)]
                 for key in ("host_us_per_step", *PROCESSOR_TIME):
@@ -208,7 +208,7 @@ def _mean(found: dict[str, dict[str, float]], arms: list[str], metric: str) -> f
     return float(math.prod(found[arm][metric] for arm in arms) ** (1 / len(arms)))
 
 
-def _mean_ratio(pairs: list[float], trim: float = 0.2) -> list[float]:
+def mean_ratio(pairs: list[float], trim: float = 0.2) -> list[float]:
     """Geometric mean of the middle three fifths, and its standard error: now and then a machine stands still for a
     moment, which says nothing of an arm. Error of a trimmed mean after Yuen (Biometrika 61, 1974): from the deviation
     of the values with what is trimmed replaced by the last that is not. NaN for a single pair.

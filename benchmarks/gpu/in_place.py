@@ -1,0 +1,270 @@
+"""What the monitor costs the engine, told by switching it on and off in one process.
+
+in_place.py [--modes on,untraced] [--concurrency 32,128] [--deadline-s 570] [--cpus 0-15] [--awake-file F]
+            [--requests 1:24:16,32:160:64,128:384:64] [--range-ratio 0.5] [--option NAME=JSON]
+in_place.py --read FILE...      the summary once more, of all outputs together
+
+Two equal servers differ by some percent, and so does one from minute to minute; this compares seconds of one engine. As
+in a server, the engine's core is a process of its own; this process is its client, without HTTP. A measurement is the
+same traffic each time: so many requests at a time, lengths from the same seed, other tokens, no prefix cache. Modes:
+
+off          all hooks return on their first line, nothing is published; graphs still have the monitor's branch, which
+             finds that no token is real (what that costs, latency.py tells)
+on           everything, 10 % of requests traced
+untraced     on, and no request is traced
+unpublished  on, and the publisher's thread does nothing
+
+Each round measures every mode at every concurrency, in an order drawn anew; ratios are to "off" of the same round. A
+line per measurement (RUN) and one per concurrency and mode (IN_PLACE): trimmed geometric mean with its standard error.
+Times of passes are those between two answers of the engine, and processor time is that of the engine's whole process
+and of the thread that runs the model. Since the traffic is the same, so is what each pass does: ``passes`` compares the
+sums, over all passes, of the median over the rounds, which leaves out what a machine does besides; its error is that
+of 300 bootstrap samples of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to the engine
+os.environ.setdefault("MOE_MONITOR_DIR", tempfile.mkdtemp())
+sys.path.insert(0, str(Path(__file__).parent))
+
+import models
+import numpy as np
+from end_to_end import Awake, cpu_list, mean_ratio, say
+
+METRICS = ("tokens_per_s", "mean_pass_ms", "median_pass_ms", "process_ms_per_s", "model_thread_us_per_pass")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", default="on,untraced")
+    parser.add_argument("--concurrency", default="32,128")
+    parser.add_argument("--requests", default="1:24:16,32:160:64,128:384:64", help="CONCURRENCY:REQUESTS:OUTPUT_LEN")
+    parser.add_argument("--range-ratio", type=float, default=0.5)
+    parser.add_argument("--input-len", type=int, default=64)
+    parser.add_argument("--family", default="olmoe")
+    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--deadline-s", type=float, default=570)
+    parser.add_argument("--cpus", type=cpu_list, default=[])
+    parser.add_argument("--awake-file", type=Path)
+    parser.add_argument("--option", action="append", default=[], help="name=json value for LLM(...)")
+    parser.add_argument("--read", type=Path, nargs="+")
+    args = parser.parse_args()
+    args.modes = ["off", *args.modes.split(",")]
+    args.concurrency = [int(c) for c in args.concurrency.split(",")]
+    shapes = [[int(n) for n in shape.split(":")] for shape in args.requests.split(",")]
+    args.requests = {shape[0]: (shape[1], shape[2]) for shape in shapes}
+    return args
+
+
+# in the engine's process
+
+
+def switch(worker: Any, mode: str) -> dict[str, Any]:
+    """Nothing is in flight. Returns what the measurement before it took of the processor."""
+    import torch
+
+    capture = worker.model_runner._moe_monitor
+    torch.cuda.synchronize()
+    tracer, publisher, meter = capture.tracer, capture.publisher, capture.meter
+    if not hasattr(capture, "_all"):
+        capture._all = tracer, publisher.publish, publisher.has_gathered
+    tracer, publish, has_gathered = capture._all
+    errors = [capture.fuse.status.errors, capture.fuse.status.reason]
+    hooks, passes = capture.fuse.status.hook_seconds, meter.passes
+    for name in list(tracer._live):  # their end comes with a step that is still to come
+        tracer._end(name)
+    meter.tallies.set_rows(None)
+    meter.begin_dummy()
+    meter.clean = False
+    mailbox = meter.graphs.mailbox
+    for place in range(len(mailbox._words)):
+        mailbox._words[place] = 0
+    mailbox._posted = mailbox._begun[0]
+    capture.fuse.blown = mode == "off"
+    capture.tracer = None if mode == "untraced" else tracer
+    working = mode not in ("off", "unpublished")
+    publisher.publish = publish if working else lambda: None
+    publisher.has_gathered = has_gathered if working else lambda now: False
+    return {
+        "process": time.process_time(),
+        "thread": time.thread_time(),
+        "hooks": hooks,
+        "passes": passes,
+        "errors": errors,
+        "capture": capture.fuse.status.capture,
+        "dropped": dict(capture.fuse.status.dropped),
+        "sealed": [sum(g.sealed for g in meter.graphs.found.values()), len(meter.graphs.found)],
+        "runner": type(worker.model_runner).__module__,
+        "pid": os.getpid(),
+    }
+
+
+# in this one
+
+
+class Traffic:
+    """The same requests at each measurement, but for their tokens."""
+
+    def __init__(self, args: argparse.Namespace, vocabulary: int) -> None:
+        self._args, self._vocabulary = args, vocabulary
+        self._draw = random.Random(1)
+        self._number = 0
+
+    def _requests(self, concurrency: int) -> list[tuple[list[int], int]]:
+        n, output = self._args.requests[concurrency]
+        lengths, ratio = random.Random(concurrency), self._args.range_ratio
+        near = lambda mean: max(1, round(mean * lengths.uniform(1 - ratio, 1 + ratio)))  # noqa: E731
+        shapes = [(near(self._args.input_len), near(output)) for _ in range(n)]
+        return [(self._draw.choices(range(100, self._vocabulary), k=prompt), tokens) for prompt, tokens in shapes]
+
+    def run(self, engine: Any, concurrency: int) -> dict[str, float]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        waiting = self._requests(concurrency)
+        kind, tokens = RequestOutputKind.FINAL_ONLY, sum(output for _, output in waiting)
+        made = [({"prompt_token_ids": prompt}, SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True,
+                 detokenize=False, output_kind=kind)) for prompt, output in waiting]  # fmt: skip
+        made.reverse()
+        at, start = [], time.perf_counter()
+        while made or engine.has_unfinished_requests():
+            while made and engine.get_num_unfinished_requests() < concurrency:
+                self._number += 1
+                engine.add_request(f"{self._number}", *made.pop())
+            engine.step()
+            at.append(time.perf_counter())
+        passes = [1e3 * (b - a) for a, b in itertools.pairwise(at)]
+        return {
+            "s": at[-1] - start,
+            "tokens_per_s": tokens / (at[-1] - start),
+            "mean_pass_ms": statistics.fmean(passes),
+            "median_pass_ms": statistics.median(passes),
+            "answers": len(at),
+            "passes": [round(ms, 3) for ms in passes],
+        }
+
+
+def place(cpus: list[int], engine_pid: int) -> None:
+    """The engine's core on the second half of the CPUs, this process on the first."""
+    if not cpus:
+        return
+    half = len(cpus) // 2
+    for pid, mine in ((engine_pid, cpus[half:]), (os.getpid(), cpus[:half])):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(task.name), mine)
+
+
+def by_pass(mine: np.ndarray, off: np.ndarray) -> list[float]:
+    """Ratio of the sums over passes of the medians over rounds, and its error; both [rounds, passes]."""
+    ratio = lambda rounds: float(np.median(mine[rounds], axis=0).sum() / np.median(off[rounds], axis=0).sum())  # noqa: E731
+    draw, n = np.random.default_rng(0), len(mine)
+    samples = [ratio(draw.integers(0, n, n)) for _ in range(300)]
+    return [round(ratio(np.arange(n)), 4), round(float(np.std(samples)), 4)]
+
+
+def summarise(runs: list[dict[str, Any]]) -> None:
+    """Print a line per concurrency and mode."""
+    keys = sorted({(run["concurrency"], run["mode"]) for run in runs})
+    for concurrency, mode in keys:
+        of = {
+            m: {(r["file"], r["round"]): r for r in runs if (r["concurrency"], r["mode"]) == (concurrency, m)}
+            for m in ("off", mode)
+        }
+        both = sorted(of["off"].keys() & of[mode].keys())
+        row: dict[str, Any] = {"rounds": len(both)}
+        for metric in METRICS:
+            row[metric] = {"median": round(statistics.median(of[mode][key][metric] for key in both), 3)}
+            if mode != "off":
+                row[metric]["of_off"] = mean_ratio([of[mode][key][metric] / of["off"][key][metric] for key in both])
+        alike = [
+            key
+            for key in both
+            if of["off"][key].get("passes") and of["off"][key]["answers"] == of[mode][key]["answers"]
+        ]
+        if mode != "off" and alike:
+            times = [np.array([of[m][key]["passes"] for key in alike]) for m in (mode, "off")]
+            row["passes"] = {"of_off": by_pass(*times), "rounds": len(alike)}
+        row["hooks_us_per_pass"] = round(statistics.median(of[mode][key]["hooks_us_per_pass"] for key in both), 1)
+        say("IN_PLACE", concurrency=concurrency, mode=mode, **row)
+
+
+def measure(args: argparse.Namespace, began: float) -> list[dict[str, Any]]:
+    from vllm import LLM
+
+    options: dict[str, Any] = {"max_model_len": 2048, "max_num_batched_tokens": 2048, "max_num_seqs": 128}
+    options |= {"enable_prefix_caching": False, "gpu_memory_utilization": 0.6, "disable_log_stats": True}
+    for option in args.option:
+        name, value = option.split("=", 1)
+        options[name] = json.loads(value)
+    folder = models.write(Path("/tmp/bench-models") / args.family, args.family)
+    llm = LLM(str(folder), load_format="dummy", **options)
+    rpc = lambda mode: llm.collective_rpc(switch, args=(mode,))[0]  # noqa: E731
+    facts = rpc("on")
+    place(args.cpus, facts["pid"])
+    awake = Awake(args.cpus, args.awake_file)
+    awake.look()
+    config = llm.llm_engine.vllm_config
+    say("ENGINE", ready_s=round(time.monotonic() - began, 1), awake=awake.now, options=args.option, **{
+        key: facts[key] for key in ("capture", "sealed", "runner")
+    }, async_scheduling=config.scheduler_config.async_scheduling)  # fmt: skip
+    traffic = Traffic(args, models.FAMILIES[args.family]["vocab_size"] - 100)
+    runs: list[dict[str, Any]] = []
+    longest: dict[int, float] = {}
+    order = random.Random(0)
+    try:
+        for concurrency in args.concurrency:  # warms up
+            traffic.run(llm.llm_engine, concurrency)
+        for turn in range(args.rounds):
+            for concurrency in args.concurrency:
+                for mode in order.sample(args.modes, len(args.modes)):
+                    if time.monotonic() - began + 1.5 * longest.get(concurrency, 0) > args.deadline_s:
+                        return runs
+                    before, since = rpc(mode), time.monotonic()
+                    found = traffic.run(llm.llm_engine, concurrency)
+                    after = rpc(mode)
+                    longest[concurrency] = max(longest.get(concurrency, 0), time.monotonic() - since)
+                    if after["errors"][0]:
+                        raise RuntimeError(f"the monitor reported {after['errors']}")
+                    passes, seconds = after["passes"] - before["passes"], found["s"]
+                    run = {"concurrency": concurrency, "mode": mode, "round": turn, **found}
+                    run["process_ms_per_s"] = 1e3 * (after["process"] - before["process"]) / seconds
+                    run["model_thread_us_per_pass"] = 1e6 * (after["thread"] - before["thread"]) / found["answers"]
+                    run["hooks_us_per_pass"] = 1e6 * (after["hooks"] - before["hooks"]) / passes if passes else 0.0
+                    run["dropped"] = sum(after["dropped"].values())
+                    run = {key: round(value, 4) if isinstance(value, float) else value for key, value in run.items()}
+                    say("RUN", **run)
+                    runs.append({**run, "file": ""})
+    finally:
+        awake.stop()
+        llm.llm_engine.engine_core.shutdown()
+    return runs
+
+
+def main() -> None:
+    began = time.monotonic()
+    args = parse()
+    if args.read:
+        runs = []
+        for path in args.read:
+            lines = [line[4:] for line in path.read_text().splitlines() if line.startswith("RUN {")]
+            runs += [{**json.loads(line), "file": path.name} for line in lines]
+    else:
+        runs = measure(args, began)
+    summarise(runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """Host time of the hooks of a CUDA worker per pass, without a GPU: all Python is real, kernels and copies do nothing.
 
-host_hooks.py [--passes 4000] [--traced 0.1] [--concurrency 1 32 128] [--cold] [--unsealed | --bare]
+host_hooks.py [--passes 4000] [--traced 0.1] [--concurrency 1 32 128] [--cold] [--runner v1 | v2]
+              [--unsealed | --bare]
 
 Passes over a changing batch, as `vllm bench serve` makes them: every request has a prompt of 100 tokens and 128 tokens
 of output, and when one ends the next comes, its prefill in a pass with the others' decode tokens. All replay a sealed
@@ -145,11 +146,13 @@ def capture_of(ratio: float, descriptors: list[BatchDescriptor], way: str) -> Ca
 class Traffic:
     """The scheduler's output and the runner's batch, pass after pass."""
 
-    def __init__(self, concurrency: int) -> None:
+    def __init__(self, concurrency: int, runner: str) -> None:
         self._serial = 0
         self.left: dict[str, int] = {}
         self._computed: dict[str, int] = {}
         self._first = concurrency
+        self._runner = runner
+        self._places: list[str] = []
 
     def _new(self) -> SimpleNamespace:
         self._serial += 1
@@ -172,10 +175,17 @@ class Traffic:
             del self.left[name], self._computed[name]
         new = [self._new() for _ in range(self._first - len(self.left))]
         scheduled = {name: 1 if self._computed[name] else PROMPT for name in self.left}
+        if self._runner == "v1":  # who comes takes the place of one who has left
+            coming = iter([request.req_id for request in new])
+            self._places = [next(coming) if name in finished else name for name in self._places] + list(coming)
+            ids, index = self._places, {name: i for i, name in enumerate(self._places)}
+        else:  # they move up, and prompts are last
+            ids, index = sorted(scheduled, key=scheduled.__getitem__), None
         batch = SimpleNamespace(
-            req_ids=list(self.left),
-            req_id_to_index={name: i for i, name in enumerate(self.left)},
-            num_computed_tokens_cpu=np.array(list(self._computed.values()), dtype=np.int32),
+            req_ids=ids,
+            req_id_to_index=index,
+            num_computed_tokens_cpu=np.array([self._computed[name] for name in ids], dtype=np.int32),
+            query_start_loc=np.cumsum([0, *(scheduled[name] for name in ids)], dtype=np.int32),
         )
         for name, n in scheduled.items():
             self._computed[name] += n
@@ -191,9 +201,9 @@ class Traffic:
         return output, batch, tokens
 
 
-def measure(concurrency: int, passes: int, ratio: float, *, cold: bool, way: str) -> dict[str, Any]:
+def measure(concurrency: int, passes: int, ratio: float, *, cold: bool, way: str, runner: str) -> dict[str, Any]:
     """Microseconds per pass."""
-    traffic = Traffic(concurrency)
+    traffic = Traffic(concurrency, runner)
     steps = [traffic.step() for _ in range(passes)]
     descriptors = {tokens: BatchDescriptor(num_tokens=tokens) for _, _, tokens in steps}
     capture = capture_of(ratio, list(descriptors.values()), way)
@@ -222,7 +232,8 @@ def measure(concurrency: int, passes: int, ratio: float, *, cold: bool, way: str
             b = clock()
             capture.begin_pass(tokens)
             c = clock()
-            capture.trace_rows(batch, tokens, output.num_scheduled_tokens, tokens, "num_computed_tokens_cpu")
+            scheduled = output.num_scheduled_tokens
+            capture.trace_rows(batch, tokens, scheduled, tokens, "num_computed_tokens_cpu", batch.query_start_loc)
             d = clock()
             if way == "sealed":
                 capture.before_replay(graphs[tokens])
@@ -261,6 +272,7 @@ def main() -> None:
     parser.add_argument("--traced", type=float, default=0.1, help="share of requests that are traced")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32, 128])
     parser.add_argument("--cold", action="store_true", help="other work between the hooks")
+    parser.add_argument("--runner", choices=["v1", "v2"], default="v1", help="how the batch is ordered")
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument("--unsealed", action="store_true", help="graphs that are counted after their replay")
     ways.add_argument("--bare", action="store_true", help="passes without a graph")
@@ -273,7 +285,7 @@ def main() -> None:
     print("| concurrency | median | mean | 99 % | " + " | ".join(HOOKS) + " | traced |")
     print("| --- " * (5 + len(HOOKS)) + "|")
     for concurrency in args.concurrency:
-        found = measure(concurrency, args.passes, args.traced, cold=args.cold, way=way)
+        found = measure(concurrency, args.passes, args.traced, cold=args.cold, way=way, runner=args.runner)
         cells = [f"{found[name]:.1f}" for name in ("median", "mean", "p99", *HOOKS)]
         print(f"| {concurrency} | " + " | ".join(cells) + f" | {found['sampled']} |")
 

@@ -7,6 +7,8 @@ the real ones. The real V2 runner needs a GPU: benchmarks/gpu/requests_exact.py.
 
 from __future__ import annotations
 
+import random
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +20,7 @@ from moe_monitor import settings
 torch = pytest.importorskip("torch")
 
 from moe_monitor.capture.meter import Meter  # noqa: E402
-from moe_monitor.capture.requests import Tracer  # noqa: E402
+from moe_monitor.capture.requests import LOST_AFTER, Tracer  # noqa: E402
 from moe_monitor.capture.tallies import HostTallies  # noqa: E402
 from moe_monitor.capture.vllm import runner_v1, runner_v2  # noqa: E402
 from moe_monitor.capture.vllm.attach import Capture  # noqa: E402
@@ -64,15 +66,19 @@ class Runner:
 
     vllm_config = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, tells_first_rows: bool = True) -> None:
         self.capture = Attached(self, settings.load({}))
+        self.tells_first_rows = tells_first_rows
         self.account: dict[str, np.ndarray] = {}
         self.computed: dict[str, int] = {}
         self.prompts: dict[str, int] = {}
         self._generator = torch.Generator().manual_seed(3)
 
     def _order(self, n: dict[str, int]) -> list[str]:
-        return sorted(n, key=lambda name: (n[name], name))  # decodes first
+        return sorted(n, key=lambda name: n[name])  # decodes first, else as the scheduler has them
+
+    def first_rows(self, names: list[str], n: dict[str, int]) -> np.ndarray:
+        return np.cumsum([0, *(n[name] for name in names)], dtype=np.int32)
 
     def _begin(self, step: Any) -> list[str]:
         for new in step.scheduled_new_reqs:
@@ -101,10 +107,27 @@ class Runner:
 
 
 class V1(Runner):
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.input_batch = SimpleNamespace()
+        self._places: list[str] = []
+        if self.tells_first_rows:
+            self.query_start_loc = SimpleNamespace(np=np.zeros(65, dtype=np.int32))
         runner_v1._patch_steps(self, self.capture)
+
+    def _order(self, n: dict[str, int]) -> list[str]:
+        """Who comes takes the place of one who has left, and so do the last, where nobody comes."""
+        coming = [name for name in n if name not in self._places]
+        for at, name in enumerate(self._places):
+            if name not in n and coming:
+                self._places[at] = coming.pop(0)
+        self._places += coming
+        for at in range(len(self._places)):
+            while at < len(self._places) and self._places[at] not in n:
+                last = self._places.pop()
+                if at < len(self._places):
+                    self._places[at] = last
+        return list(self._places)
 
     def step(self, output: Any) -> None:
         self.execute_model(output)
@@ -119,6 +142,8 @@ class V1(Runner):
             self.input_batch.req_ids = names
             self.input_batch.req_id_to_index = {name: i for i, name in enumerate(names)}
             self.input_batch.num_computed_tokens_cpu = np.array([self.computed[i] for i in names])
+            if self.tells_first_rows:  # the same array for all passes
+                self.query_start_loc.np[: len(names) + 1] = self.first_rows(names, output.num_scheduled_tokens)
             self._model_forward(names, output.num_scheduled_tokens)
 
     def _model_forward(self, names: list[str], n: dict[str, int]) -> None:
@@ -126,8 +151,8 @@ class V1(Runner):
 
 
 class V2(Runner):
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.execute_model_state = None
         runner_v2._patch_steps(self, self.capture)
 
@@ -151,11 +176,14 @@ class V2(Runner):
 
     def prepare_inputs(self, output: Any, batch_desc: Any) -> SimpleNamespace:
         names = self._order(output.num_scheduled_tokens)
-        return SimpleNamespace(
+        batch = SimpleNamespace(
             req_ids=names,
             num_tokens=output.total_num_scheduled_tokens,
             num_computed_tokens_np=np.array([self.computed[i] for i in names]),
         )
+        if self.tells_first_rows:
+            batch.query_start_loc_np = self.first_rows(names, output.num_scheduled_tokens)
+        return batch
 
 
 @pytest.mark.parametrize("kind", [V1, V2])
@@ -193,6 +221,63 @@ def test_rows_follow_the_runners_own_batch(kind: type[Runner]) -> None:
     assert np.array_equal(capture.meter.layout.column(capture.meter.read_rows(), "experts"), total)
 
 
+@pytest.mark.parametrize("tells_first_rows", [True, False])
+@pytest.mark.parametrize("kind", [V1, V2])
+def test_rows_are_right_while_requests_come_and_go(kind: type[Runner], tells_first_rows: bool) -> None:
+    """Hundreds of short requests, few of them traced, with chunked prompts, drafts, preemptions and waiting turns."""
+    runner, draw = kind(tells_first_rows=tells_first_rows), random.Random(5)
+    tracer = runner.capture.tracer
+    left, running, finished, told, stays = {}, [], set(), [], []
+    stay = tracer._stay
+    tracer._stay = lambda ids: stays.append(stay(ids)) or stays[-1]
+    for step in range(400):
+        new, preempted = [], set()
+        while len(running) < 12 and (draw.random() < 0.5 or not running):
+            name = f"{'' if draw.random() < 0.3 else 'untraced-'}{len(left)}"
+            left[name] = draw.randint(1, 12)
+            new.append(request(name, draw.randint(1, 9)))
+            running.append(name)
+        if step > 200 and draw.random() < 0.3 and len(running) > 1:
+            name = running.pop(draw.randrange(len(running)))
+            if name in runner.computed:  # begins again at once, at the end, as one more prompt of its own length
+                preempted.add(name)
+                runner.computed[name] = 0
+                new += [request(name, runner.prompts[name])] if kind is V2 else []
+            running.append(name)
+        prompts = runner.prompts | {r.req_id: len(r.prompt_token_ids) for r in new}
+        n = {}
+        for name in running:
+            rest = prompts[name] - runner.computed.get(name, 0)
+            waits = draw.random() < 0.02 and name in runner.computed and name not in preempted
+            if not waits:
+                n[name] = min(rest, 5) if rest > 0 else draw.choice([1, 1, 1, 1, 1, 1, 1, 1, 3 if step > 300 else 1])
+        runner.step(scheduled(n, new=new, preempted=preempted, finished=finished))
+        runner.advance(n)
+        for name in n:
+            left[name] -= runner.computed[name] >= runner.prompts[name]
+        finished = {name for name in running if left[name] <= 0}
+        running = [name for name in running if name not in finished]
+        told += tracer.drain(SLOTS)
+    runner.step(scheduled({}, finished={*finished, *running}))
+    told += tracer.drain(SLOTS)
+
+    assert runner.capture.fuse.status.errors == {} and runner.capture.fuse.status.dropped == {}
+    assert {tally.meta.id for tally in told} == {name for name in left if not name.startswith("untraced")}
+    assert len(told) > 100 and 20 < sum(stays) < len(stays)
+    for tally in told:
+        assert np.array_equal(tally.counts, runner.account[tally.meta.id]), tally.meta.id
+
+
+def test_a_lost_request_is_noticed_when_others_come() -> None:
+    runner = V1()
+    runner.step(scheduled({"lost": 1}, new=[request("lost", 1)]))
+    runner.advance({"lost": 1})
+    tracer, hour = runner.capture.tracer, LOST_AFTER + 1
+    tracer._clock = lambda: time.monotonic() + hour
+    runner.step(scheduled({"untraced-1": 1}, new=[request("untraced-1", 1)]))
+    assert tracer.idle and runner.capture.fuse.status.dropped == {"lost_requests": 1}
+
+
 def test_rows_that_the_runner_dropped_are_nobodys() -> None:
     """Adaptive verification runs fewer draft tokens than were scheduled, and does not say whose."""
     runner = V2()
@@ -200,12 +285,14 @@ def test_rows_that_the_runner_dropped_are_nobodys() -> None:
     runner.step(scheduled({"a": 3}, new=[request("a", 3)]))
     runner.advance({"a": 3})
 
-    def fewer(n: dict[str, int]) -> None:
+    def fewer(n: dict[str, int], starts: Any) -> None:
         batch = prepare(scheduled({"a": 2}), None)
-        runner.capture.trace_rows(batch, None, n, sum(n.values()), "num_computed_tokens_np")
+        runner.capture.trace_rows(batch, None, n, sum(n.values()), "num_computed_tokens_np", starts)
 
-    fewer({"a": 4})
+    fewer({"a": 4}, None)
     assert runner.capture.fuse.status.dropped == {"unattributed_passes": 1}
+    fewer({"a": 4}, np.array([0, 4], np.int32))
+    assert runner.capture.fuse.status.dropped == {"unattributed_passes": 2}
 
 
 def test_a_batch_that_contradicts_itself_switches_the_monitor_off() -> None:
@@ -213,7 +300,8 @@ def test_a_batch_that_contradicts_itself_switches_the_monitor_off() -> None:
     runner = V1()
     runner.step(scheduled({"a": 3, "b": 3}, new=[request("a", 3), request("b", 3)]))
     runner.input_batch.req_id_to_index = {"a": 1, "b": 0}
-    runner.capture.trace_rows(runner.input_batch, 3, {"a": 2, "b": 1}, 3, "num_computed_tokens_cpu")
+    starts = np.array([0, 2, 3], np.int32)
+    runner.capture.trace_rows(runner.input_batch, 3, {"a": 2, "b": 1}, 3, "num_computed_tokens_cpu", starts)
     assert runner.capture.fuse.blown
     assert "the batch says that 'a' is at 1, where 'b' is" in runner.capture.fuse.status.reason
 

@@ -179,6 +179,26 @@ def test_rows_that_stay_where_they_are_keep_their_list_of_spans() -> None:
     assert engine.owners.spans is not spans
 
 
+def test_a_further_turn_of_a_session_is_a_prompt_again() -> None:
+    engine = Engine()
+    engine.step([new("a", 1), new("b", 1)])
+    for position in range(2):
+        codes = engine.forward({"a": 1, "b": 1}, [position, position])
+    assert codes.tolist() == [1, 3]
+    engine.step([new("b", 5)])
+    assert engine.forward({"a": 1, "b": 3}, [2, 2]).tolist() == [1, 2, 2, 2]
+
+
+def test_a_request_that_was_given_up_is_nobodys_if_it_comes_again() -> None:
+    engine = Engine()
+    engine.step([new("a", 1), new("b", 1)])
+    for position in range(2):
+        engine.forward({"a": 1, "b": 1}, [position, position])
+    engine.now = LOST_AFTER + 1
+    engine.step(scheduled={"a": 1})
+    assert engine.forward({"a": 1, "b": 1}, [2, 2]).tolist() == [1, -1]
+
+
 def test_a_traced_request_that_has_waited_is_attributed_when_its_turn_comes() -> None:
     engine = Engine()
     engine.step([new("a", 1), new("b", 1)])

@@ -36,7 +36,9 @@ class Capture:
     def batch_is(self, batch: Any) -> None:
         self.said.append(("batch", batch))
 
-    def trace_rows(self, batch: Any, tokens: int | None, scheduled: Any, total: int, computed: str) -> None:
+    def trace_rows(
+        self, batch: Any, tokens: int | None, scheduled: Any, total: int, computed: str, starts: Any
+    ) -> None:
         self.said.append(("rows", batch))
 
     def end_pass(self, tokens: int) -> None:

@@ -178,7 +178,7 @@ class CudaMeter:
 
     def collects_quickly(self, layer: int, logits: Tensor, ids: Tensor) -> bool:
         """:meth:`collect` of a layer that comes after the one before, in a pass that is all this rank's and will be
-        counted at its end. False, and nothing is done, where that is not so. Cannot fail.
+        counted at its end. False, and nothing is done, where that is not so. Waits for nothing.
         """
         pending = self._pending
         if not self._together or not layer or layer != len(pending):
@@ -188,7 +188,7 @@ class CudaMeter:
 
     def posts_quickly(self, graph: Retained) -> bool:
         """Whether next to nothing is to be said before a sealed graph is replayed; then :meth:`before_replay` is done.
-        Cannot fail, nor wait: most passes have no other guard.
+        Never waits: most passes have no other guard.
         """
         if not self.clean or not self.valid or self.counted is not None or not graph.whole:
             return False
@@ -242,10 +242,7 @@ class CudaMeter:
     def begin_pass(self, tokens: int) -> None:
         """A real pass of ``tokens`` tokens is about to run."""
         self._suspects.look()
-        self._pending.clear()
-        self._done.clear()
-        self._pending_bytes = 0
-        self.counted = None
+        self._forget_pass()
         self.valid = tokens
         self.clean = self.capture == "retain" and self._stream is not None
         if self.graphs.control is not None:
@@ -291,6 +288,8 @@ class CudaMeter:
             self._work_off(tokens)
             if len(self._done) != len(self.layers):
                 return False
+            self._forget_pass()
+            self.clean = self.capture == "retain" and self._stream is not None
         self.passes += 1
         return True
 
@@ -321,7 +320,8 @@ class CudaMeter:
             addresses.append(logits.data_ptr())
             addresses.append(ids.data_ptr())
         whole = layers == self._order
-        table = self._ring.send(np.frombuffer(addresses, np.int64).reshape(-1, 2))
+        self._ring.place()[: len(addresses)] = addresses
+        table = self._ring.send(0, len(addresses))
         self._launcher.launch(
             table if whole else table[: len(layers)],
             span.valid(tokens),
@@ -332,8 +332,17 @@ class CudaMeter:
         )
         self._done.update(layers)
         # The stream's order protects the memory: whoever gets it next writes after our kernel has read.
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._pending.clear()
         self._pending_bytes = 0
+
+    def _forget_pass(self) -> None:
+        self._let_go()
+        self._done.clear()
+        self._together = False
+        self.counted = None
 
     @property
     def collecting(self) -> bool:

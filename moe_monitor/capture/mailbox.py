@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from array import array
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +25,7 @@ from moe_monitor.capture.control import Table
 from moe_monitor.capture.driver import DriverError
 from moe_monitor.capture.kernels import triton  # type: ignore[attr-defined]
 from moe_monitor.capture.sending import Sender
-from moe_monitor.capture.tallies import Owners, Spans
+from moe_monitor.capture.tallies import Owners, Spans, mark, moved
 
 if triton is not None:
     import triton.language as tl
@@ -72,13 +71,6 @@ if triton is not None:
 def _word(tokens: int, end: int = 0, place: int = -1) -> int:
     """``tokens`` are real; whose they are lies at ``place``, for rows up to ``end`` (-1: nobody is traced)."""
     return tokens | end << 24 | (place + 1) << 48
-
-
-def _moved(spans: Spans, start: int, skip: int, rows: int) -> Spans:
-    """As they lie where the batch's row ``skip`` is row ``start`` of ``rows``."""
-    by = start - skip
-    moved = [(max(first + by, start), min(end + by, rows), code) for first, end, code in spans]
-    return [span for span in moved if span[0] < span[1]]
 
 
 def compile_fetch() -> None:
@@ -171,16 +163,18 @@ class Mailbox(Table):
         self._posted += 1
 
     def post_quickly(self, tokens: int, owners: Owners | None) -> bool:
-        """:meth:`post` of rows that begin with the first, if only the number of tokens is to be written: whose the rows
-        are is there already. False, and nothing is posted, if it is not. Cannot fail, nor wait.
+        """:meth:`post` of rows that begin with the first, if there is a place. False, and nothing is posted, where
+        something is to be sent, waited for, or told. Never waits.
         """
         posted, word = self._posted, tokens
-        if owners is not None:
-            if owners.spans is not self._spans or self._start or self._skip or tokens > owners.rows:
-                return False
-            word = _word(tokens, tokens, self._place)
         if self._uploaded < self._reserved or not 0 <= posted - self._begun[0] < _AHEAD:
             return False
+        if owners is not None:
+            if tokens > owners.rows:
+                return False
+            if owners.spans is not self._spans or self._start or self._skip:
+                self._attribute(owners, 0, 0)
+            word = _word(tokens, tokens, self._place)
         self._words[posted % _PLACES] = word
         self._posted = posted + 1
         return True
@@ -203,10 +197,6 @@ class Mailbox(Table):
         row[:written] = self._nobody[:written]
         self._written[place] = min(self.rows, owners.rows + start - skip)
         if start or skip or owners.rows > self.rows:
-            spans = _moved(spans, start, skip, self.rows)
-        for first, end, code in spans:
-            if end - first == 1:
-                row[first] = code
-            else:
-                row[first:end] = array("i", (code,)) * (end - first)
+            spans = moved(spans, start, skip, self.rows)
+        mark(row, spans)
         self._spans, self._start, self._skip = owners.spans, start, skip

@@ -29,6 +29,9 @@ LOST_AFTER, LOOK_FOR_LOST = 3600.0, 60.0
 
 _WISHES = {0: False, 1: True, "0": False, "1": True, "false": False, "true": True}
 
+#: By so many places at most a request is looked for ahead of where it was; beyond, all are looked through.
+_NEAR = 8
+
 #: vLLM names the sequences of a request with n > 1 by a number in front of the request's own id.
 _SIBLING = re.compile(r"^\d+_")
 
@@ -101,11 +104,11 @@ class Tracer:
         self._slot_of: dict[str, int] = {}
         self._prompts = [0] * store.slots  # by slot
         self._done: deque[tuple[int, Meta | None]] = deque()
-        self._owners: Owners | None = None
-        self._spans: Spans = []
-        #: Every traced request is in the batch, at these places, and none is in its prompt.
-        self._steady = False
-        self._at: list[tuple[int, str]] = []
+        #: Every traced request is in the batch, at these (place, id, slot) by their order, and none is in its prompt.
+        self._placed = False
+        self._at: list[tuple[int, str, int]] = []
+        #: Whose the rows of a pass are that has one for each request, with those places.
+        self._single: Owners | None = None
 
     @property
     def in_flight(self) -> int:
@@ -132,6 +135,10 @@ class Tracer:
     def traces_any(self, ids: Collection[str]) -> bool:
         return not self._live.keys().isdisjoint(ids)
 
+    def misses_some(self) -> bool:
+        """Whether it is time to look for requests whose end got lost."""
+        return self._clock() - self._looked >= LOOK_FOR_LOST
+
     def concerns(self, request_id: str, extra_args: Mapping[str, Any] | None) -> bool:
         """Whether :meth:`step` must be told of a request that is scheduled: of most it need not."""
         if request_id in self._live or (extra_args is not None and WISH in extra_args):
@@ -145,26 +152,26 @@ class Tracer:
         finished: Collection[str],
         scheduled: Collection[str],
     ) -> None:
-        """What the scheduler decided for the coming step, with or without a pass. ``new``: those that it concerns."""
+        """What the scheduler decided for the coming step, with or without a pass. ``new``: those that it concerns.
+        A step of which nothing concerns traced requests need not be told.
+        """
         self._store.set_rows(None)  # until :meth:`rows` says more
         if self._live:
-            if preempted or finished:
-                for name in finished:
-                    self._end(name)
-                for name in preempted:
-                    if name in self._live:
-                        self._live[name].preemptions += 1
-                self._steady = False
-            now = self._clock()
-            if now - self._looked >= LOOK_FOR_LOST:
-                self._looked = now
+            for name in finished:
+                self._end(name)
+            for name in preempted:
+                if name in self._live:
+                    self._live[name].preemptions += 1
+                    self._placed = False
+            if self.misses_some():
+                self._looked = now = self._clock()
                 self._give_up_lost(scheduled, now)
         for request in new:
-            self._steady = False
             self._admit(request)
 
     def _admit(self, request: New) -> None:
         if request.id in self._live:  # resumed after preemption, or one more turn of a session
+            self._placed = False
             self._live[request.id].prompt_tokens = request.prompt_tokens
             self._prompts[self._slot_of[request.id]] = request.prompt_tokens
             return
@@ -182,6 +189,7 @@ class Tracer:
         if not self._free:
             self._drop("traced_requests")
             return
+        self._placed = False
         slot = self._free.popleft()
         self._live[request.id] = _Traced(
             request.id, slot, request.prompt_tokens, request.cached, time.time(), self._clock()
@@ -194,6 +202,7 @@ class Tracer:
         if traced is None:
             return
         del self._slot_of[request_id]
+        self._placed = False
         meta = Meta(
             id=short_id(traced.id),
             prompt_tokens=traced.prompt_tokens,
@@ -210,9 +219,9 @@ class Tracer:
                 traced.seen = now
             elif now - traced.seen >= LOST_AFTER:
                 del self._live[request_id], self._slot_of[request_id]
+                self._placed = False
                 self._done.append((traced.slot, None))
                 self._drop("lost_requests")
-                self._steady = False
 
     def _drop(self, what: str) -> None:
         self._status.dropped[what] = self._status.dropped.get(what, 0) + 1
@@ -226,55 +235,75 @@ class Tracer:
         *,
         total: int,
         index: Mapping[str, int] | None = None,
+        starts: Sequence[int] | None = None,
     ) -> None:
         """Whose the rows of the coming pass are: ``scheduled[id]`` rows for each of ``ids``, in this order, beginning
-        at position ``computed`` of the request; ``tokens`` in all, of ``total`` that were scheduled. ``index``: places
-        in ``ids``, where they are known.
+        at position ``computed`` of the request; ``tokens`` in all, of ``total`` that were scheduled. Where they are
+        known: ``index``, places in ``ids``; ``starts``, the first row of each of ``ids``, and one more for the end.
         """
-        if not self._live:
-            owners = None
-        elif self._steady and tokens == total == len(ids) and self._stay(ids):
-            owners = self._owners  # one more token each
-            if owners is not None and owners.rows != tokens:
-                owners = Owners(tokens, owners.spans)
-        else:
-            owners = self._attribute(ids, tokens, scheduled, computed, total, index)
-        self._owners = owners
+        owners = None
+        if self._live:
+            single = tokens == total == len(ids)  # a row for each request
+            placed = self._placed = self._placed and self._stay(ids)
+            if placed and single:
+                owners = self._single or Owners(tokens, [(at, at + 1, 2 * slot + 1) for at, _, slot in self._at])
+                if owners.rows != tokens:
+                    owners = Owners(tokens, owners.spans)
+            else:
+                bounds = range(tokens + 1) if single else self._bounds(ids, tokens, scheduled, total, starts)
+                if bounds is not None:
+                    owners = self._attribute(ids, tokens, bounds, computed, index)
+            if single or not placed:
+                self._single = owners if self._placed and single else None
         self._store.set_rows(owners)
 
     def _stay(self, ids: Sequence[str]) -> bool:
-        """Whether the traced requests are where they were: others may come and go."""
-        most = len(ids)
-        for at, name in self._at:  # noqa: SIM110 - a generator takes longer
-            if at >= most or ids[at] != name:
-                return False
+        """Whether the traced requests are where they were, or some places ahead because others have left (then those
+        are noted). Others may come and go.
+        """
+        most, ahead, moved = len(ids), 0, []
+        for was, name, slot in self._at:
+            at = was - ahead
+            while at >= most or ids[at] != name:
+                at, ahead = at - 1, ahead + 1
+                if ahead > _NEAR or at < 0:
+                    return False
+            moved.append((at, name, slot))
+        if ahead:
+            self._at, self._single = moved, None
         return True
+
+    def _bounds(
+        self, ids: Sequence[str], tokens: int, scheduled: Mapping[str, int], total: int, starts: Sequence[int] | None
+    ) -> Sequence[int] | None:
+        """The first row of each of ``ids``, and the end. None where the model runner dropped rows and does not say
+        whose: better no attribution than a wrong one.
+        """
+        if starts is None:
+            starts = [0, *itertools.accumulate(map(scheduled.__getitem__, ids))]
+        if tokens == total == starts[len(ids)]:
+            return starts
+        self._drop("unattributed_passes")
+        return None
 
     def _attribute(
         self,
         ids: Sequence[str],
         tokens: int,
-        scheduled: Mapping[str, int],
+        bounds: Sequence[int],
         computed: NDArray[Any],
-        total: int,
         index: Mapping[str, int] | None,
     ) -> Owners | None:
-        """Most requests are not traced, and under load the batch changes in every pass: so what can be is done for
-        the traced ones alone.
+        """Most requests are not traced, and under load the batch changes in every pass: so what can be is done for the
+        traced ones alone.
         """
-        self._steady = False
+        if self._placed:
+            return Owners(tokens, [(bounds[at], bounds[at + 1], 2 * slot + 1) for at, _, slot in self._at])
         places, prompts, decoding = self._places(ids, index), self._prompts, True
-        single = tokens == total == len(ids)  # a row for each request
-        starts: Sequence[int] = range(tokens + 1)
-        if not single:
-            starts = [0, *itertools.accumulate(map(scheduled.__getitem__, ids))]
-        if not tokens == total == starts[-1]:
-            # The model runner dropped rows and does not say whose: better no attribution than a wrong one.
-            self._drop("unattributed_passes")
-            return None
         spans: Spans = []
         for at, slot in places:
-            start, stop, prompt_end = starts[at], starts[at + 1], starts[at] + prompts[slot] - computed.item(at)
+            start, stop = bounds[at], bounds[at + 1]
+            prompt_end = start + prompts[slot] - computed.item(at)
             if prompt_end <= start:
                 spans.append((start, stop, 2 * slot + 1))
                 continue
@@ -282,14 +311,10 @@ class Tracer:
             spans.append((start, min(prompt_end, stop), 2 * slot))
             if prompt_end < stop:
                 spans.append((prompt_end, stop, 2 * slot + 1))
-        self._steady = single and decoding and len(places) == len(self._slot_of)
-        if self._steady:
-            self._at = [(at, ids[at]) for at, _ in places]
-        if not spans:
-            return None
-        if spans != self._spans:
-            self._spans = spans
-        return Owners(tokens, self._spans)
+        self._placed = decoding and len(places) == len(self._slot_of)
+        if self._placed:
+            self._at = sorted((at, ids[at], slot) for at, slot in places)
+        return Owners(tokens, spans) if spans else None
 
     def _places(self, ids: Sequence[str], index: Mapping[str, int] | None) -> list[tuple[int, int]]:
         """(place in ``ids``, slot) of the traced requests that are among them."""

@@ -7,11 +7,8 @@ its own work for milliseconds between two passes.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_monitor.capture.driver import Driver, DriverError
@@ -45,8 +42,8 @@ class Sender:
 
 
 class Ring:
-    """Small arrays for kernels, one after the other. What was given to :meth:`send` stays as it is until ``places``
-    more were: as many as may be read by what is queued.
+    """Small arrays for kernels, one after the other. What was written into a :meth:`place` stays as it is until
+    ``places`` more were asked for: as many as may be read by what is queued.
 
     A place has the form ``shape``. With a ``sender`` kernels read the host's memory where it lies, and nothing is
     sent: they wait a few microseconds for the bus, the host would take tens for a copy. Without, torch copies.
@@ -58,19 +55,26 @@ class Ring:
     ) -> None:
         host = torch.empty((places, *shape), dtype=dtype, pin_memory=device.type == "cuda")
         self._there = None if _read_in_place(host, sender) else torch.empty_like(host, device=device)
-        # as numpy, and as what kernels are given: asking for these takes time
-        self._places = [(a.numpy(), b) for a, b in zip(host, host if self._there is None else self._there, strict=True)]
+        self._host = host.view(places, -1)
+        # as what is written to, and as what kernels are given: asking for these takes time, and numpy more of it
+        if dtype == torch.int32:
+            self._places = [memoryview(row.numpy()).cast("B").cast("i") for row in self._host]
+        else:
+            self._places = [memoryview(row.numpy()).cast("B").cast("q") for row in self._host]
+        self._given = list(host if self._there is None else self._there)
         self._at = 0
         self.size = shape[0]
 
-    def send(self, values: NDArray[Any] | Sequence[Any], first: int = 0) -> Tensor:
-        """A place that has ``values`` from element ``first`` on, for kernels of the current stream from now on."""
+    def place(self) -> memoryview:
+        """The next place, flat, to be written to; of the type that ``array`` calls "i" (int32) or "q" (int64)."""
         self._at = (self._at + 1) % len(self._places)
-        host, given = self._places[self._at]
-        end = first + len(values)
-        host[first:end] = values
+        return self._places[self._at]
+
+    def send(self, first: int, end: int) -> Tensor:
+        """That place, of which elements ``first`` to ``end`` are written, for kernels of the current stream."""
+        given = self._given[self._at]
         if self._there is not None:
-            given[first:end].copy_(torch.from_numpy(host[first:end]), non_blocking=True)
+            given.view(-1)[first:end].copy_(self._host[self._at, first:end], non_blocking=True)
         return given
 
 

@@ -6,6 +6,7 @@ publisher's thread, which takes what is in it and clears it; only then is it han
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -43,6 +44,22 @@ class Owners(NamedTuple):
         for first, end, code in self.spans:
             codes[first:end] = code
         return codes
+
+
+def moved(spans: Spans, start: int, skip: int, rows: int) -> Spans:
+    """As they lie where the batch's row ``skip`` is row ``start`` of ``rows``."""
+    by = start - skip
+    there = [(max(first + by, start), min(end + by, rows), code) for first, end, code in spans]
+    return [span for span in there if span[0] < span[1]]
+
+
+def mark(row: memoryview, spans: Spans) -> None:
+    """Write the spans' codes to ``row``, of int32. What numpy would do, sooner for few."""
+    for first, end, code in spans:
+        if end - first == 1:
+            row[first] = code
+        else:
+            row[first:end] = array("i", (code,)) * (end - first)
 
 
 class Store(Protocol):
@@ -168,7 +185,11 @@ class DeviceTallies:
                 self._outgrown.append(self._wide)  # copies out of it may not have run yet
                 self._wide = self._ring_of(2 * (start + n), None)
             ring = self._wide
-        self._sent, self._sent_to = wanted, ring.send(owners.codes()[skip : skip + n], start)
+        place, end = ring.place(), start + n
+        place[start:end] = array("i", (-1,)) * n
+        spans = owners.spans if start == skip == 0 and n == owners.rows else moved(owners.spans, start, skip, end)
+        mark(place, spans)
+        self._sent, self._sent_to = wanted, ring.send(start, end)
         return self._sent_to
 
     def launched_on(self, stream: torch.cuda.Stream) -> None:

@@ -52,6 +52,10 @@ def _new(request: Any) -> New:
 class Capture:
     """The monitor of one worker: fuse, meter, timing and publisher, and the hooks that feed them."""
 
+    #: What the model runner last told of its requests' first rows, and the same as what is quicker to look into.
+    _told: Any = None
+    _starts: memoryview | None = None
+
     def __init__(self, model_runner: Any, settings: Settings) -> None:
         self.fuse = Fuse(logger)
         self.meter: Meter | CudaMeter | None = None
@@ -241,8 +245,12 @@ class Capture:
             return
         if meter.valid:  # no graph is captured in a real pass, and asking takes its time
             start = time.perf_counter()
-            if meter.collects_quickly(layer, logits, ids):
-                self.fuse.status.hook_seconds += time.perf_counter() - start
+            try:
+                if meter.collects_quickly(layer, logits, ids):
+                    self.fuse.status.hook_seconds += time.perf_counter() - start
+                    return
+            except Exception as error:
+                self.fuse.blow("record", error)
                 return
             with self.fuse.guard("record"):
                 if layer == 0:
@@ -267,23 +275,31 @@ class Capture:
         tracer = self.tracer
         if tracer is None:
             return
-        try:
+        start = 0.0
+        try:  # most requests are not traced, and the guard would take longer than to see that
             fresh, finished = scheduled.scheduled_new_reqs, scheduled.finished_req_ids
-            preempted = scheduled.preempted_req_ids
-        except AttributeError as error:
+            preempted, traced = scheduled.preempted_req_ids, []
+            if fresh:
+                start = time.perf_counter()
+                traced = [request for request in fresh if tracer.concerns(request.req_id, _extra_args(request))]
+            if not traced:
+                if start:
+                    self.fuse.status.hook_seconds += time.perf_counter() - start
+                if tracer.idle or not (preempted or tracer.traces_any(finished) or (fresh and tracer.misses_some())):
+                    return
+        except Exception as error:
             self.fuse.blow("requests", error)
             return
-        if not fresh and (tracer.idle or not (preempted or tracer.traces_any(finished))):
-            return
         with self.fuse.guard("requests"):
-            new = [_new(request) for request in fresh if tracer.concerns(request.req_id, _extra_args(request))]
-            if new or not tracer.idle:
-                tracer.step(new, preempted or (), finished, scheduled.num_scheduled_tokens)
+            tracer.step([*map(_new, traced)], preempted or (), finished, scheduled.num_scheduled_tokens)
 
-    def trace_rows(self, batch: Any, tokens: int | None, scheduled: Any, total: int, computed: str) -> None:
+    def trace_rows(
+        self, batch: Any, tokens: int | None, scheduled: Any, total: int, computed: str, starts: Any
+    ) -> None:
         """Whose the rows of the coming pass are. ``batch`` is the model runner's, of ``tokens`` rows (None: it says so
         itself), ``scheduled`` were tokens by request id, ``total`` in all; ``computed`` names the batch's array of
-        first positions. A V1 batch knows its requests' places.
+        first positions, ``starts`` are its requests' first rows, if it tells them. A V1 batch knows its requests'
+        places.
         """
         tracer = self.tracer
         if self.fuse.blown or tracer is None or tracer.idle:
@@ -291,7 +307,10 @@ class Capture:
         with self.fuse.guard("requests"):
             rows = int(batch.num_tokens) if tokens is None else tokens
             index = getattr(batch, "req_id_to_index", None)
-            tracer.rows(batch.req_ids, rows, scheduled, getattr(batch, computed), total=total, index=index)
+            if starts is not self._told:
+                self._told, self._starts = starts, None if starts is None else memoryview(starts)
+            positions = getattr(batch, computed)
+            tracer.rows(batch.req_ids, rows, scheduled, positions, total=total, index=index, starts=self._starts)
 
     def begin_pass(self, tokens: int) -> None:
         """A real pass of ``tokens`` tokens is about to run."""
@@ -364,8 +383,12 @@ class Capture:
         if self.fuse.blown or not isinstance(meter, CudaMeter):
             return
         start = time.perf_counter()
-        if meter.posts_quickly(graph):
-            self.fuse.status.hook_seconds += time.perf_counter() - start
+        try:
+            if meter.posts_quickly(graph):
+                self.fuse.status.hook_seconds += time.perf_counter() - start
+                return
+        except Exception as error:
+            self.fuse.blow("record", error)
             return
         with self.fuse.guard("record"):
             meter.before_replay(graph)

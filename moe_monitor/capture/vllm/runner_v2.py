@@ -66,7 +66,8 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
             return batch
         capture.batch_is(batch)
         per_request, total = scheduler_output.num_scheduled_tokens, scheduler_output.total_num_scheduled_tokens
-        capture.trace_rows(batch, None, per_request, total, "num_computed_tokens_np")
+        starts = getattr(batch, "query_start_loc_np", None)
+        capture.trace_rows(batch, None, per_request, total, "num_computed_tokens_np", starts)
         return batch
 
     runner.prepare_inputs = prepare

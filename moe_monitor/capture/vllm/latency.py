@@ -178,6 +178,12 @@ class Timing:
         meter = self._capture.meter
         return None if meter is None else meter.rows_now
 
+    @property
+    def noting(self) -> bool:
+        """Whether :meth:`point` does anything."""
+        clock = self.clock
+        return isinstance(clock, DeviceClock) and (clock.sampling or clock.capturing)
+
     def point(self, layer: int, point: int) -> None:
         """Take the time, or note the place while a graph is captured."""
         clock = self.clock

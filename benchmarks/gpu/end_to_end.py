@@ -8,7 +8,9 @@ end_to_end.py --startup-pairs 4     seconds from the start to /health, off and o
 Arms: off (MOE_MONITOR_ENABLED=0), on (defaults: 10 % of requests traced), all (every request traced), untraced (none),
 vllm (no monitor, vLLM's own --enable-return-routed-experts), traced (the server of "on", with requests that ask to be
 traced). An arm with a number (off2, on2) is one more server of its kind: equal servers differ by up to some percent,
-which no number of rounds tells of a single pair; compared are the means of kinds.
+which no number of rounds tells of a single pair; compared are the means of kinds. Or one server is compared with
+itself: arm "out" is the server of "on" with its monitor switched off in place (switching.py), and takes the place of
+"off" where there is none.
 All servers of a run are up at once; a round measures every arm once at every concurrency, and the arm that begins
 rotates. The load comes from ``vllm bench serve``'s own code in this process, since importing it takes seconds.
 Short measurements in many rounds tell a small difference sooner than long ones: what a machine does besides changes
@@ -55,7 +57,7 @@ ARMS: dict[str, tuple[dict[str, str], list[str]]] = {
     "vllm": ({"MOE_MONITOR_ENABLED": "0"}, ["--enable-return-routed-experts"]),
 }
 #: Arms that use another arm's server, and what their requests ask for.
-SHARED = {"traced": ("on", {"vllm_xargs": {"moe_trace": 1}})}
+SHARED = {"traced": ("on", {"vllm_xargs": {"moe_trace": 1}}), "out": ("on", {})}
 METRICS = ("median_itl_ms", "median_tpot_ms", "median_ttft_ms", "output_throughput")
 #: Of the API server's event loop, its other threads, and the engine's threads beside its main one.
 PROCESSOR_TIME = ("loop_us_per_request", "front_us_per_request", "engine_us_per_request")
@@ -116,6 +118,12 @@ def launch(args: argparse.Namespace, arm: str, port: int, folder: Path, scratch:
     options = ["--load-format", "dummy", "--max-model-len", "2048", "--no-enable-prefix-caching"]
     options += ["--gpu-memory-utilization", args.memory, "--kv-cache-memory-bytes", str(args.kv_bytes)]
     options += ["--max-num-seqs", str(args.max_num_seqs), "--max-num-batched-tokens", "2048", *extra, *args.server]
+    if "out" in args.arms and arm == "on":
+        options += ["--worker-extension-cls", "switching.Switching", "--middleware", "switching.Middleware"]
+        env |= {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
+        }
     return Server(folder, port, scratch / f"{arm}-{port}.log", options, env)
 
 
@@ -181,7 +189,7 @@ class Results:
                     values = [_mean(found, arms, metric) for found in mine]
                     row[metric] = {"median": round(statistics.median(values), 3)}
                     row[metric]["range"] = [round(min(values), 3), round(max(values), 3)]
-                    base = [arm for arm in together.get("off", []) if arm not in arms]
+                    base = [arm for arm in together.get("off") or together.get("out", []) if arm not in arms]
                     whole = [found for found in mine if base and set(base) <= set(found)]
                     means = [(_mean(found, arms, metric), _mean(found, base, metric)) for found in whole]
                     pairs = [a / b for a, b in means if a > 0 < b]
@@ -250,6 +258,14 @@ def hooks(server: Server) -> tuple[float, float]:
     """(seconds in the monitor's hooks, passes) since the start; NaN without the monitor."""
     samples = server.metrics()
     return total(samples, "moe_monitor_hook_seconds_total"), total(samples, "moe_forward_passes_total")
+
+
+def switch(server: Server, mode: str) -> None:
+    """Switch its monitor off or on. Raises RuntimeError with what the monitor says if it is not well."""
+    server.post(f"/moe_monitor/{mode}")
+    (found,) = server.post("/collective_rpc", method="switch_moe_monitor", args=[mode])["results"]
+    if found["errors"] or found["reason"]:
+        raise RuntimeError(f"the monitor on port {server.port} reported {found['errors']}: {found['reason']}")
 
 
 def place(cpus: list[int], servers: list[Server]) -> None:
@@ -345,6 +361,8 @@ def compare(args: argparse.Namespace, folder: Path, scratch: Path, began: float)
                     if turn % args.seldom.get(arm, 1):
                         continue
                     start = time.monotonic()
+                    if "out" in args.arms and servers[arm] is servers["out"]:
+                        switch(servers[arm], "off" if arm == "out" else "on")
                     before = hooks(servers[arm]) if host_time else (0.0, 0.0)
                     prompts, output = args.prompts[concurrency]
                     if turn == 0:

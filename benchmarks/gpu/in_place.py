@@ -6,13 +6,8 @@ in_place.py --read FILE...      the summary once more, of all outputs together
 
 Two equal servers differ by some percent, and so does one from minute to minute; this compares seconds of one engine. As
 in a server, the engine's core is a process of its own; this process is its client, without HTTP. A measurement is the
-same traffic each time: so many requests at a time, lengths from the same seed, other tokens, no prefix cache. Modes:
-
-off          all hooks return on their first line, nothing is published; graphs still have the monitor's branch, which
-             finds that no token is real (what that costs, latency.py tells)
-on           everything, 10 % of requests traced
-untraced     on, and no request is traced
-unpublished  on, and the publisher's thread does nothing
+same traffic each time: so many requests at a time, lengths from the same seed, other tokens, no prefix cache. Modes are
+those of switching.py.
 
 Each round measures every mode at every concurrency, in an order drawn anew; ratios are to "off" of the same round. A
 line per measurement (RUN) and one per concurrency and mode (IN_PLACE): trimmed geometric mean with its standard error.
@@ -43,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import models
 import numpy as np
 from end_to_end import Awake, cpu_list, mean_ratio, say
+from switching import MODES, switch
 
 METRICS = ("tokens_per_s", "mean_pass_ms", "median_pass_ms", "process_ms_per_s", "model_thread_us_per_pass")
 
@@ -63,56 +59,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--read", type=Path, nargs="+")
     args = parser.parse_args()
     args.modes = ["off", *args.modes.split(",")]
+    if unknown := set(args.modes) - set(MODES):
+        parser.error(f"no such modes: {sorted(unknown)}; there are {', '.join(MODES)}")
     args.concurrency = [int(c) for c in args.concurrency.split(",")]
     shapes = [[int(n) for n in shape.split(":")] for shape in args.requests.split(",")]
     args.requests = {shape[0]: (shape[1], shape[2]) for shape in shapes}
     return args
-
-
-# in the engine's process
-
-
-def switch(worker: Any, mode: str) -> dict[str, Any]:
-    """Nothing is in flight. Returns what the measurement before it took of the processor."""
-    import torch
-
-    capture = worker.model_runner._moe_monitor
-    torch.cuda.synchronize()
-    tracer, publisher, meter = capture.tracer, capture.publisher, capture.meter
-    if not hasattr(capture, "_all"):
-        capture._all = tracer, publisher.publish, publisher.has_gathered
-    tracer, publish, has_gathered = capture._all
-    errors = [capture.fuse.status.errors, capture.fuse.status.reason]
-    hooks, passes = capture.fuse.status.hook_seconds, meter.passes
-    for name in list(tracer._live):  # their end comes with a step that is still to come
-        tracer._end(name)
-    meter.tallies.set_rows(None)
-    meter.begin_dummy()
-    meter.clean = False
-    mailbox = meter.graphs.mailbox
-    for place in range(len(mailbox._words)):
-        mailbox._words[place] = 0
-    mailbox._posted = mailbox._begun[0]
-    capture.fuse.blown = mode == "off"
-    capture.tracer = None if mode == "untraced" else tracer
-    working = mode not in ("off", "unpublished")
-    publisher.publish = publish if working else lambda: None
-    publisher.has_gathered = has_gathered if working else lambda now: False
-    return {
-        "process": time.process_time(),
-        "thread": time.thread_time(),
-        "hooks": hooks,
-        "passes": passes,
-        "errors": errors,
-        "capture": capture.fuse.status.capture,
-        "dropped": dict(capture.fuse.status.dropped),
-        "sealed": [sum(g.sealed for g in meter.graphs.found.values()), len(meter.graphs.found)],
-        "runner": type(worker.model_runner).__module__,
-        "pid": os.getpid(),
-    }
-
-
-# in this one
 
 
 class Traffic:
@@ -236,14 +188,14 @@ def measure(args: argparse.Namespace, began: float) -> list[dict[str, Any]]:
                     found = traffic.run(llm.llm_engine, concurrency)
                     after = rpc(mode)
                     longest[concurrency] = max(longest.get(concurrency, 0), time.monotonic() - since)
-                    if after["errors"][0]:
-                        raise RuntimeError(f"the monitor reported {after['errors']}")
+                    if after["errors"] or after["reason"]:
+                        raise RuntimeError(f"the monitor reported {after['errors']}: {after['reason']}")
                     passes, seconds = after["passes"] - before["passes"], found["s"]
                     run = {"concurrency": concurrency, "mode": mode, "round": turn, **found}
                     run["process_ms_per_s"] = 1e3 * (after["process"] - before["process"]) / seconds
                     run["model_thread_us_per_pass"] = 1e6 * (after["thread"] - before["thread"]) / found["answers"]
                     run["hooks_us_per_pass"] = 1e6 * (after["hooks"] - before["hooks"]) / passes if passes else 0.0
-                    run["dropped"] = sum(after["dropped"].values())
+                    run["dropped"] = after["dropped"]
                     run = {key: round(value, 4) if isinstance(value, float) else value for key, value in run.items()}
                     say("RUN", **run)
                     runs.append({**run, "file": ""})

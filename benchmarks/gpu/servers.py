@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$")
 _RAISED = re.compile(r"(^|\] )[\w.]*(Error|Exception)(: |$)")
@@ -82,6 +84,13 @@ class Server:
                 labels = dict(_LABEL.findall(match[2] or ""))
                 found.append((match[1], labels, float(match[3])))
         return found
+
+    def post(self, path: str, **body: Any) -> Any:
+        """What the server answers."""
+        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, data, headers, method="POST")
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.loads(answer.read())
 
     def notes(self) -> list[str]:
         """The monitor's own lines in the log."""

@@ -1,0 +1,100 @@
+"""Switches the monitor of a running engine off and on, for benchmarks that compare an engine with itself.
+
+``switch`` runs in a worker (``LLM.collective_rpc``); a server gets it by ``--worker-extension-cls switching.Switching``
+(``POST /collective_rpc``, VLLM_SERVER_DEV_MODE=1), and its front end's part by ``--middleware switching.Middleware``
+(``POST /moe_monitor/MODE``). Nothing may be in flight. Modes:
+
+off          all hooks return on their first line, nothing is published, the front end notes no request, and /metrics
+             has vLLM's own alone; graphs still have the monitor's branch, which finds that no token is real (what that
+             costs, latency.py tells)
+on           everything
+untraced     on, and no request is traced
+unpublished  on, and the publisher's thread does nothing
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+MODES = ("off", "on", "untraced", "unpublished")
+
+
+def switch(worker: Any, mode: str) -> dict[str, Any]:
+    """Returns what the monitor and the process have taken so far."""
+    import torch
+
+    assert mode in MODES, mode
+    capture = worker.model_runner._moe_monitor
+    publisher, meter = capture.publisher, capture.meter
+    if not hasattr(capture, "_switched"):
+        capture._switched = capture.tracer, publisher.publish, publisher.has_gathered
+    tracer, publish, has_gathered = capture._switched
+    for name in list(tracer._live):  # their end comes with a step that is still to come
+        tracer._end(name)
+    meter.tallies.set_rows(None)
+    meter.begin_dummy()
+    graphs = getattr(meter, "graphs", None)
+    if graphs is not None:
+        torch.cuda.synchronize()
+        meter.clean = False
+        mailbox = graphs.mailbox
+        for place in range(len(mailbox._words)):
+            mailbox._words[place] = 0  # launches that are not posted find no tokens
+        mailbox._posted = mailbox._begun[0]
+    status = capture.fuse.status
+    capture.fuse.blown = mode == "off"
+    capture.tracer = None if mode == "untraced" else tracer
+    working = mode not in ("off", "unpublished")
+    publisher.publish = publish if working else lambda: None
+    publisher.has_gathered = has_gathered if working else lambda now: False
+    found = {} if graphs is None else graphs.found
+    return {
+        "process": time.process_time(),
+        "thread": time.thread_time(),
+        "hooks": status.hook_seconds,
+        "passes": meter.passes,
+        "errors": dict(status.errors),
+        "reason": status.reason,
+        "dropped": sum(status.dropped.values()),
+        "capture": status.capture,
+        "sealed": [sum(graph.sealed for graph in found.values()), len(found)],
+        "runner": type(worker.model_runner).__module__,
+        "pid": os.getpid(),
+    }
+
+
+class Switching:
+    """Becomes a part of vLLM's worker."""
+
+    def switch_moe_monitor(self, mode: str) -> dict[str, Any]:
+        return switch(self, mode)
+
+
+async def _vllms_alone(self: Any, scope: Any, receive: Any, send: Any) -> None:
+    await self._app(scope, receive, send)
+
+
+class Middleware:
+    """Of the API server; the same for all modes."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._front: Any = None
+        self._scraped: Any = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope.get("path", "")
+        if not path.startswith("/moe_monitor/"):
+            await self._app(scope, receive, send)
+            return
+        from moe_monitor.capture.vllm import frontend, tracing
+
+        off = path.endswith("/off")
+        self._front = self._front or tracing.front_end()
+        tracing._front = None if off else self._front
+        self._scraped = self._scraped or frontend.MetricsMiddleware.__call__
+        frontend.MetricsMiddleware.__call__ = _vllms_alone if off else self._scraped  # type: ignore[method-assign]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})

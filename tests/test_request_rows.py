@@ -275,7 +275,7 @@ def test_a_lost_request_is_noticed_when_others_come() -> None:
     tracer, hour = runner.capture.tracer, LOST_AFTER + 1
     tracer._clock = lambda: time.monotonic() + hour
     runner.step(scheduled({"untraced-1": 1}, new=[request("untraced-1", 1)]))
-    assert tracer.idle and runner.capture.fuse.status.dropped == {"lost_requests": 1}
+    assert not tracer.live and runner.capture.fuse.status.dropped == {"lost_requests": 1}
 
 
 def test_rows_that_the_runner_dropped_are_nobodys() -> None:

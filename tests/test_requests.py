@@ -89,20 +89,20 @@ def test_the_requests_own_wish(value, meant) -> None:
 def test_a_bad_wish_is_counted_and_ignored(value) -> None:
     engine = Engine(ratio=0.0)
     engine.step([new("a", moe_trace=value)])
-    assert engine.tracer.in_flight == 0
+    assert len(engine.tracer.live) == 0
     assert engine.status.dropped == {"bad_moe_trace": 1}
     always = Engine(ratio=1.0)
     always.step([new("a", moe_trace=value)])
-    assert always.tracer.in_flight == 1
+    assert len(always.tracer.live) == 1
 
 
 def test_the_wish_comes_before_chance() -> None:
     engine = Engine(ratio=0.0)
     engine.step([new("a", moe_trace=1), new("b")])
-    assert engine.tracer.in_flight == engine.status.sampled == 1
+    assert len(engine.tracer.live) == engine.status.sampled == 1
     engine = Engine(ratio=1.0)
     engine.step([new("a", moe_trace=0)])
-    assert engine.tracer.in_flight == 0
+    assert len(engine.tracer.live) == 0
 
 
 def test_which_requests_the_tracer_must_be_told_of() -> None:
@@ -243,17 +243,17 @@ def test_aborted_before_its_first_pass() -> None:
     engine.step(finished=["a", "never seen"])
     (tally,) = engine.tracer.drain(10)
     assert tokens_of(tally) == (0, 0)
-    assert engine.tracer.in_flight == 0
+    assert len(engine.tracer.live) == 0
 
 
 def test_what_is_over_the_cap_is_dropped_and_slots_come_back() -> None:
     engine = Engine(slots=2)
     engine.step([new(name) for name in "abcd"])
-    assert (engine.tracer.in_flight, engine.status.dropped) == (2, {"traced_requests": 2})
+    assert (len(engine.tracer.live), engine.status.dropped) == (2, {"traced_requests": 2})
     engine.forward(dict.fromkeys("abcd", 4), [0] * 4)
     engine.step(finished="abcd")
     engine.step([new("e")])
-    assert engine.tracer.in_flight == 0, "a slot is not free before it has been read"
+    assert len(engine.tracer.live) == 0, "a slot is not free before it has been read"
     assert len(engine.tracer.drain(1)) == 1
     assert len(engine.tracer.drain(10)) == 1
     engine.step([new("f", 2)])
@@ -267,7 +267,7 @@ def test_where_tracing_is_not_possible_only_wishes_count_as_dropped() -> None:
     engine = Engine()
     engine.tracer._possible = lambda: False
     engine.step([new("a"), new("b", moe_trace=1), new("c", moe_trace=0)])
-    assert (engine.tracer.in_flight, engine.status.sampled) == (0, 0)
+    assert (len(engine.tracer.live), engine.status.sampled) == (0, 0)
     assert engine.status.dropped == {"traced_requests": 1}
 
 
@@ -277,11 +277,11 @@ def test_lost_requests_are_given_up() -> None:
     for _ in range(int(LOST_AFTER / LOOK_FOR_LOST) + 2):
         engine.now += LOOK_FOR_LOST
         engine.step(scheduled={"slow": 1})
-    assert engine.tracer.in_flight == 1
+    assert len(engine.tracer.live) == 1
     assert engine.status.dropped == {"lost_requests": 1}
     assert engine.tracer.drain(10) == []
     engine.step([new("a")])
-    assert engine.tracer.in_flight == 2, "its slot was not freed"
+    assert len(engine.tracer.live) == 2, "its slot was not freed"
 
 
 def test_rows_that_do_not_add_up_are_nobodys() -> None:
@@ -308,7 +308,7 @@ def test_ten_thousand_requests_leave_nothing_behind() -> None:
         engine.tracer.rows(batch, 4, dict.fromkeys(batch, 1), np.zeros(4), total=4)
         engine.step(finished=batch)
         assert len(engine.tracer.drain(100)) == 4
-    assert engine.tracer.in_flight == 0
+    assert len(engine.tracer.live) == 0
     assert not engine.tracer.pending
     assert len(engine.tracer._free) == 8
     assert engine.status.dropped == {}

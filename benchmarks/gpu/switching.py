@@ -31,7 +31,7 @@ def switch(worker: Any, mode: str) -> dict[str, Any]:
     if not hasattr(capture, "_switched"):
         capture._switched = capture.tracer, publisher.publish, publisher.has_gathered
     tracer, publish, has_gathered = capture._switched
-    for name in list(tracer._live):  # their end comes with a step that is still to come
+    for name in list(tracer.live):  # their end comes with a step that is still to come
         tracer._end(name)
     meter.tallies.set_rows(None)
     meter.begin_dummy()

@@ -68,18 +68,15 @@ class Sampler:
     def __init__(self, every: int) -> None:
         self._every = every
         self._state = 1
-        self._next = every
-
-    def due(self, number: int) -> bool:
-        """Whether the pass with this number is one to be timed. Asked in every pass."""
-        return number >= self._next
+        #: No pass with a smaller number is timed.
+        self.next = every
 
     def hit(self, number: int) -> bool:
         """Whether the pass with this number is timed, in which case it is not asked about again; numbers must grow."""
-        if number < self._next:
+        if number < self.next:
             return False
         self._state = (self._state * 1_103_515_245 + 12_345) % (1 << 31)
-        self._next = number + self._every // 2 + self._state % (self._every + 1)
+        self.next = number + self._every // 2 + self._state % (self._every + 1)
         return True
 
 
@@ -122,9 +119,10 @@ class HostClock:
         self._number = self._tokens = self._kind = self._begin = self._took = self._left_out = 0
         self._before: NDArray[np.int64] | None = None
 
-    def due(self, number: int) -> bool:
-        """Whether :meth:`begin` has something to do."""
-        return self.sampling or self._sampler.due(number)
+    @property
+    def soonest(self) -> int:
+        """Unless a pass is being timed, :meth:`begin` has nothing to do before the one with this number."""
+        return self._sampler.next
 
     def begin(self, number: int, tokens: int, kind: Callable[[], int], rows: NDArray[np.int64] | None) -> None:
         """A real pass is about to run; ``rows`` are the counter rows as they stand."""

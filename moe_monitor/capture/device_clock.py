@@ -134,9 +134,10 @@ class DeviceClock:
 
     # the pass
 
-    def due(self, number: int) -> bool:
-        """Whether :meth:`begin` has something to do."""
-        return self.sampling or self._sampler.due(number)
+    @property
+    def soonest(self) -> int:
+        """Unless a pass is being timed, :meth:`begin` has nothing to do before the one with this number."""
+        return self._sampler.next
 
     def begin(self, number: int, tokens: int, kind: Callable[[], int], rows: Tensor | None) -> None:
         """A real pass is about to run; ``rows`` are the counter rows on the device."""

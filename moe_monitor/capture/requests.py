@@ -100,7 +100,9 @@ class Tracer:
         self._clock = clock
         self._looked = clock()
         self._free = deque(range(store.slots))
-        self._live: dict[str, _Traced] = {}
+        #: Those in flight, by id. While there are none, a step that brings none needs neither :meth:`step` nor
+        #: :meth:`rows`.
+        self.live: dict[str, _Traced] = {}
         self._slot_of: dict[str, int] = {}
         self._prompts = [0] * store.slots  # by slot
         self._done: deque[tuple[int, Meta | None]] = deque()
@@ -109,15 +111,6 @@ class Tracer:
         self._at: list[tuple[int, str, int]] = []
         #: Whose the rows of a pass are that has one for each request, with those places.
         self._single: Owners | None = None
-
-    @property
-    def in_flight(self) -> int:
-        return len(self._live)
-
-    @property
-    def idle(self) -> bool:
-        """Whether no request is traced: a step that brings none needs neither :meth:`step` nor :meth:`rows`."""
-        return not self._live
 
     @property
     def pending(self) -> bool:
@@ -133,7 +126,7 @@ class Tracer:
     # the thread that runs the model
 
     def traces_any(self, ids: Collection[str]) -> bool:
-        return not self._live.keys().isdisjoint(ids)
+        return not self.live.keys().isdisjoint(ids)
 
     def misses_some(self) -> bool:
         """Whether it is time to look for requests whose end got lost."""
@@ -141,7 +134,7 @@ class Tracer:
 
     def concerns(self, request_id: str, extra_args: Mapping[str, Any] | None) -> bool:
         """Whether :meth:`step` must be told of a request that is scheduled: of most it need not."""
-        if request_id in self._live or (extra_args is not None and WISH in extra_args):
+        if request_id in self.live or (extra_args is not None and WISH in extra_args):
             return True
         return chosen(request_id, self._ratio)
 
@@ -156,12 +149,12 @@ class Tracer:
         A step of which nothing concerns traced requests need not be told.
         """
         self._store.set_rows(None)  # until :meth:`rows` says more
-        if self._live:
+        if self.live:
             for name in finished:
                 self._end(name)
             for name in preempted:
-                if name in self._live:
-                    self._live[name].preemptions += 1
+                if name in self.live:
+                    self.live[name].preemptions += 1
                     self._placed = False
             if self.misses_some():
                 self._looked = now = self._clock()
@@ -170,9 +163,9 @@ class Tracer:
             self._admit(request)
 
     def _admit(self, request: New) -> None:
-        if request.id in self._live:  # resumed after preemption, or one more turn of a session
+        if request.id in self.live:  # resumed after preemption, or one more turn of a session
             self._placed = False
-            self._live[request.id].prompt_tokens = request.prompt_tokens
+            self.live[request.id].prompt_tokens = request.prompt_tokens
             self._prompts[self._slot_of[request.id]] = request.prompt_tokens
             return
         try:
@@ -191,14 +184,14 @@ class Tracer:
             return
         self._placed = False
         slot = self._free.popleft()
-        self._live[request.id] = _Traced(
+        self.live[request.id] = _Traced(
             request.id, slot, request.prompt_tokens, request.cached, time.time(), self._clock()
         )
         self._slot_of[request.id], self._prompts[slot] = slot, request.prompt_tokens
         self._status.sampled += 1
 
     def _end(self, request_id: str) -> None:
-        traced = self._live.pop(request_id, None)
+        traced = self.live.pop(request_id, None)
         if traced is None:
             return
         del self._slot_of[request_id]
@@ -214,11 +207,11 @@ class Tracer:
         self._done.append((traced.slot, meta))
 
     def _give_up_lost(self, scheduled: Collection[str], now: float) -> None:
-        for request_id, traced in list(self._live.items()):
+        for request_id, traced in list(self.live.items()):
             if request_id in scheduled:
                 traced.seen = now
             elif now - traced.seen >= LOST_AFTER:
-                del self._live[request_id], self._slot_of[request_id]
+                del self.live[request_id], self._slot_of[request_id]
                 self._placed = False
                 self._done.append((traced.slot, None))
                 self._drop("lost_requests")
@@ -242,7 +235,7 @@ class Tracer:
         known: ``index``, places in ``ids``; ``starts``, the first row of each of ``ids``, and one more for the end.
         """
         owners = None
-        if self._live:
+        if self.live:
             single = tokens == total == len(ids)  # a row for each request
             placed = self._placed = self._placed and self._stay(ids)
             if placed and single:

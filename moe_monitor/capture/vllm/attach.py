@@ -285,7 +285,9 @@ class Capture:
             if not traced:
                 if start:
                     self.fuse.status.hook_seconds += time.perf_counter() - start
-                if tracer.idle or not (preempted or tracer.traces_any(finished) or (fresh and tracer.misses_some())):
+                if not tracer.live or not (
+                    preempted or tracer.traces_any(finished) or (fresh and tracer.misses_some())
+                ):
                     return
         except Exception as error:
             self.fuse.blow("requests", error)
@@ -302,7 +304,7 @@ class Capture:
         places.
         """
         tracer = self.tracer
-        if self.fuse.blown or tracer is None or tracer.idle:
+        if self.fuse.blown or tracer is None or not tracer.live:
             return
         with self.fuse.guard("requests"):
             rows = int(batch.num_tokens) if tokens is None else tokens
@@ -352,7 +354,8 @@ class Capture:
         if self.fuse.blown:
             return
         timing, meter = self.timing, self.meter
-        timed = timing is not None and timing.sampling
+        clock = None if timing is None else timing.clock
+        timed = clock is not None and clock.sampling
         if isinstance(meter, CudaMeter) and meter.clean and meter.counted is not None and not timed:
             start = time.perf_counter()
             if meter.valid == tokens:  # the graph has counted them

@@ -57,6 +57,7 @@ class Timing:
         #: Tokens by request of the step to come.
         self.scheduled: Mapping[str, int] = {}
         self._passes = self._refusals = 0
+        self._soonest = 0  # the next pass that the clock is asked about
         self._every, self._work, self._experts, self._count = every, work, experts, len(layers)
 
     def guard(self, *, serving: bool = True) -> Guard:
@@ -141,10 +142,11 @@ class Timing:
         if clock is None:
             return
         self._passes = passes = self._passes + 1
-        if not clock.due(passes):
+        if passes < self._soonest:
             return
         with self.guard():
             clock.begin(passes, tokens, lambda: kind_of(self.scheduled, self.decode_tokens), self._rows())
+            self._soonest = passes + 1 if clock.sampling else clock.soonest
 
     @property
     def sampling(self) -> bool:

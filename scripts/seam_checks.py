@@ -398,11 +398,21 @@ def _late_import(sources: Sources) -> str:
     raise Changed("attach_router is not imported inside a function", path, 1)
 
 
+def _v1_first_rows(sources: Sources) -> str:
+    """``_prepare_inputs`` writes each request's first row, in the batch's order, and the end to ``query_start_loc``."""
+    prepare = sources.function(V1, "_prepare_inputs", "GPUModelRunner")
+    for node in ast.walk(prepare):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "self.query_start_loc.np[1:num_reqs + 1]":
+            return f"{V1}:{node.lineno}"
+    raise Changed("_prepare_inputs does not write query_start_loc.np[1 : num_reqs + 1]", V1, prepare.lineno)
+
+
 def _v2_prepare(sources: Sources) -> str:
     """``prepare_inputs`` is called for real passes only, and returns the batch in the order of its rows."""
     execute = sources.function(V2, "execute_model", "GPUModelRunner")
     takes(V2, "prepare_inputs", "scheduler_output", cls="GPUModelRunner")(sources)
     has("vllm/v1/worker/gpu/input_batch.py", "InputBatch", "req_ids", "num_computed_tokens_np")(sources)
+    has("vllm/v1/worker/gpu/input_batch.py", "InputBatch", "query_start_loc_np")(sources)
     calls = _calls(execute, "self.prepare_inputs")
     for node in ast.walk(execute):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "not dummy_run":
@@ -608,6 +618,7 @@ CHECKS = (
         "InputBatch.req_ids, req_id_to_index, num_computed_tokens_cpu",
         has("vllm/v1/worker/gpu_input_batch.py", "InputBatch", "req_ids", "req_id_to_index", "num_computed_tokens_cpu"),
     ),
+    Check("runner_v1", "_prepare_inputs writes query_start_loc.np", _v1_first_rows),
     Check(
         "tracing",
         "InputProcessor.process_inputs",

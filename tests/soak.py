@@ -94,6 +94,10 @@ def run(
         report.phases.append(phase)
         time.sleep(max(0.0, least_s - (time.monotonic() - start)))
         phase.dropped_spans = lost(server.metrics())["spans"] - before["spans"]
+        # spans come seconds after their requests, and must meet this mood
+        while mood == "refusing" and phase.dropped_spans < share and time.monotonic() - start < 20:
+            time.sleep(0.2)
+            phase.dropped_spans = lost(server.metrics())["spans"] - before["spans"]
         phase.spans_arrived = len(receiver.named("moe.routing")) - arrived
     end = time.monotonic() + 60
     while time.monotonic() < end:  # what waits in queues is sent or given up

@@ -127,11 +127,18 @@ def by_pass(mine: np.ndarray, off: np.ndarray) -> list[float]:
     return [round(ratio(np.arange(n)), 4), round(float(np.std(samples)), 4)]
 
 
+def longest_fifth(runs: list[list[float]]) -> dict[str, float]:
+    """Of the passes of runs of the same traffic: their median, ms, and their share of the time."""
+    passes = np.sort(np.median(np.array(runs), axis=0))
+    longest = passes[-(len(passes) // 5) :]
+    return {"median_ms": round(float(np.median(longest)), 2), "of_time": round(float(longest.sum() / passes.sum()), 3)}
+
+
 def summarise(runs: list[dict[str, Any]]) -> None:
     """Print a line per concurrency and mode."""
     keys = sorted({(run["concurrency"], run["mode"]) for run in runs})
     for concurrency, mode in keys:
-        of = {
+        of: dict[str, dict[Any, dict[str, Any]]] = {
             m: {(r["file"], r["round"]): r for r in runs if (r["concurrency"], r["mode"]) == (concurrency, m)}
             for m in ("off", mode)
         }
@@ -149,6 +156,8 @@ def summarise(runs: list[dict[str, Any]]) -> None:
         if mode != "off" and alike:
             times = [np.array([of[m][key]["passes"] for key in alike]) for m in (mode, "off")]
             row["passes"] = {"of_off": by_pass(*times), "rounds": len(alike)}
+        if known := [of[mode][key]["passes"] for key in both if of[mode][key].get("passes")]:
+            row["longest_fifth"] = longest_fifth([run for run in known if len(run) == len(known[0])])
         row["hooks_us_per_pass"] = round(statistics.median(of[mode][key]["hooks_us_per_pass"] for key in both), 1)
         say("IN_PLACE", concurrency=concurrency, mode=mode, **row)
 

@@ -228,8 +228,15 @@ def test_rows_are_right_while_requests_come_and_go(kind: type[Runner], tells_fir
     runner, draw = kind(tells_first_rows=tells_first_rows), random.Random(5)
     tracer = runner.capture.tracer
     left, running, finished, told, stays = {}, [], set(), [], []
-    stay = tracer._stay
-    tracer._stay = lambda ids: stays.append(stay(ids)) or stays[-1]
+    stay, moved = tracer._stay, []
+
+    def watched(ids: list[str]) -> bool:
+        were = tracer._at
+        stays.append(stay(ids))
+        moved.append(tracer._at is not were)
+        return stays[-1]
+
+    tracer._stay = watched
     for step in range(400):
         new, preempted = [], set()
         while len(running) < 12 and (draw.random() < 0.5 or not running):
@@ -264,6 +271,7 @@ def test_rows_are_right_while_requests_come_and_go(kind: type[Runner], tells_fir
     assert runner.capture.fuse.status.errors == {} and runner.capture.fuse.status.dropped == {}
     assert {tally.meta.id for tally in told} == {name for name in left if not name.startswith("untraced")}
     assert len(told) > 100 and 20 < sum(stays) < len(stays)
+    assert sum(moved) > (0 if kind is V1 else 20), "those that move up a little are found"
     for tally in told:
         assert np.array_equal(tally.counts, runner.account[tally.meta.id]), tally.meta.id
 

@@ -189,6 +189,17 @@ def test_a_further_turn_of_a_session_is_a_prompt_again() -> None:
     assert engine.forward({"a": 1, "b": 3}, [2, 2]).tolist() == [1, 2, 2, 2]
 
 
+def test_a_request_that_is_set_back_is_in_its_prompt_again() -> None:
+    """As when loading its cached keys has failed: nobody says so but the positions."""
+    engine = Engine()
+    engine.step([new("a", 4), new("b", 1)])
+    engine.forward({"a": 4, "b": 1}, [0, 0])
+    for position in range(2):
+        assert engine.forward({"a": 1, "b": 1}, [4 + position, 1 + position]).tolist() == [1, 3]
+    assert engine.forward({"a": 6, "b": 1}, [0, 3]).tolist() == [0, 0, 0, 0, 1, 1, 3]
+    assert engine.forward({"a": 1, "b": 1}, [6, 4]).tolist() == [1, 3]
+
+
 def test_a_request_that_was_given_up_is_nobodys_if_it_comes_again() -> None:
     engine = Engine()
     engine.step([new("a", 1), new("b", 1)])

@@ -237,7 +237,8 @@ class Tracer:
         owners = None
         if self.live:
             single = tokens == total == len(ids)  # a row for each request
-            placed = self._placed = self._placed and self._stay(ids)
+            placed = self._placed and self._stay(ids) and (single or self._beyond_prompts(computed))
+            self._placed = placed
             if placed and single:
                 owners = self._single or Owners(tokens, [(at, at + 1, 2 * slot + 1) for at, _, slot in self._at])
                 if owners.rows != tokens:
@@ -265,6 +266,11 @@ class Tracer:
         if ahead:
             self._at, self._single = moved, None
         return True
+
+    def _beyond_prompts(self, computed: NDArray[Any]) -> bool:
+        """Whether traced requests still are: one whose cached keys could not be loaded is set back unannounced."""
+        prompts = self._prompts
+        return all(computed.item(at) >= prompts[slot] for at, _, slot in self._at)
 
     def _bounds(
         self, ids: Sequence[str], tokens: int, scheduled: Mapping[str, int], total: int, starts: Sequence[int] | None

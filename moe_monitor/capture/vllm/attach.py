@@ -275,19 +275,16 @@ class Capture:
         tracer = self.tracer
         if tracer is None:
             return
-        start = 0.0
         try:  # most requests are not traced, and the guard would take longer than to see that
             fresh, finished = scheduled.scheduled_new_reqs, scheduled.finished_req_ids
             preempted, traced = scheduled.preempted_req_ids, []
             if fresh:
                 start = time.perf_counter()
                 traced = [request for request in fresh if tracer.concerns(request.req_id, _extra_args(request))]
+                self.fuse.status.hook_seconds += time.perf_counter() - start
             if not traced:
-                if start:
-                    self.fuse.status.hook_seconds += time.perf_counter() - start
-                if not tracer.live or not (
-                    preempted or tracer.traces_any(finished) or (fresh and tracer.misses_some())
-                ):
+                some = tracer.live and (preempted or tracer.traces_any(finished) or (fresh and tracer.misses_some()))
+                if not some:
                     return
         except Exception as error:
             self.fuse.blow("requests", error)
@@ -300,8 +297,8 @@ class Capture:
     ) -> None:
         """Whose the rows of the coming pass are. ``batch`` is the model runner's, of ``tokens`` rows (None: it says so
         itself), ``scheduled`` were tokens by request id, ``total`` in all; ``computed`` names the batch's array of
-        first positions, ``starts`` are its requests' first rows, if it tells them. A V1 batch knows its requests'
-        places.
+        first positions, ``starts`` are its requests' first rows, if it tells them, or a buffer of vLLM's that holds
+        them. A V1 batch knows its requests' places.
         """
         tracer = self.tracer
         if self.fuse.blown or tracer is None or not tracer.live:
@@ -309,8 +306,9 @@ class Capture:
         with self.fuse.guard("requests"):
             rows = int(batch.num_tokens) if tokens is None else tokens
             index = getattr(batch, "req_id_to_index", None)
-            if starts is not self._told:
-                self._told, self._starts = starts, None if starts is None else memoryview(starts)
+            told = getattr(starts, "np", starts)
+            if told is not self._told:
+                self._told, self._starts = told, None if told is None else memoryview(told)
             positions = getattr(batch, computed)
             tracer.rows(batch.req_ids, rows, scheduled, positions, total=total, index=index, starts=self._starts)
 

@@ -42,7 +42,7 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         capture.begin_pass(scheduled)
         batch = getattr(runner, "input_batch", None)
-        starts = getattr(getattr(runner, "query_start_loc", None), "np", None)
+        starts = getattr(runner, "query_start_loc", None)
         capture.trace_rows(batch, scheduled, per_request, scheduled, "num_computed_tokens_cpu", starts)
         result = model_forward(*args, **kwargs)
         capture.end_pass(scheduled)

@@ -7,6 +7,7 @@ its own work for milliseconds between two passes.
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,10 +58,8 @@ class Ring:
         self._there = None if _read_in_place(host, sender) else torch.empty_like(host, device=device)
         self._host = host.view(places, -1)
         # as what is written to, and as what kernels are given: asking for these takes time, and numpy more of it
-        if dtype == torch.int32:
-            self._places = [memoryview(row.numpy()).cast("B").cast("i") for row in self._host]
-        else:
-            self._places = [memoryview(row.numpy()).cast("B").cast("q") for row in self._host]
+        code: Literal["i", "q"] = "i" if dtype == torch.int32 else "q"
+        self._places = [memoryview(row.numpy()).cast("B").cast(code) for row in self._host]
         self._given = list(host if self._there is None else self._there)
         self._at = 0
         self.size = shape[0]

@@ -97,8 +97,8 @@ class Timing:
         original = runner._forward_impl
 
         def forward_impl(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> Any:
-            clock = self.clock
-            if not isinstance(clock, DeviceClock) or not (clock.sampling or clock.capturing):
+            clock = self.noting
+            if clock is None:
                 return original(hidden_states, router_logits, *args, **kwargs)
             with self.guard(serving=clock.sampling):
                 if clock.sampling and gate is not None and hidden_states.shape[-1] == gate.weight.shape[-1]:
@@ -181,15 +181,15 @@ class Timing:
         return None if meter is None else meter.rows_now
 
     @property
-    def noting(self) -> bool:
-        """Whether :meth:`point` does anything."""
+    def noting(self) -> DeviceClock | None:
+        """The clock, while :meth:`point` does anything."""
         clock = self.clock
-        return isinstance(clock, DeviceClock) and (clock.sampling or clock.capturing)
+        return clock if isinstance(clock, DeviceClock) and (clock.sampling or clock.capturing) else None
 
     def point(self, layer: int, point: int) -> None:
         """Take the time, or note the place while a graph is captured."""
-        clock = self.clock
-        if not isinstance(clock, DeviceClock) or not (clock.sampling or clock.capturing):
+        clock = self.noting
+        if clock is None:
             return
         with self.guard(serving=clock.sampling):
             clock.point(layer, point)

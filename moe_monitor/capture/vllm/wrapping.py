@@ -64,7 +64,7 @@ def opaque_routing(router: Any, position: int, capture: Capture) -> Routing:
         hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         timing = capture.timing
-        if timing is not None and not timing.noting:
+        if timing is not None and timing.noting is None:
             timing = None  # most passes are not timed: one look for both points
         if timing is not None:
             timing.point(position, ROUTE_BEGIN)

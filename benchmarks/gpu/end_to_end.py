@@ -274,11 +274,15 @@ def place(cpus: list[int], servers: list[Server]) -> None:
     front, engines, client = cpus[:quarter], cpus[quarter:-quarter], cpus[-quarter:]
     for server in servers:
         for pid in server.processes():
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                with contextlib.suppress(OSError):
-                    os.sched_setaffinity(int(task.name), front if pid == server.process.pid else engines)
-    for task in Path("/proc/self/task").iterdir():
-        os.sched_setaffinity(int(task.name), client)
+            bind(pid, front if pid == server.process.pid else engines)
+    bind(os.getpid(), client)
+
+
+def bind(pid: int, cpus: list[int]) -> None:
+    """Keep the threads of a process, as they are now, on these CPUs."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended
+            os.sched_setaffinity(int(task.name), cpus)
 
 
 class Awake:

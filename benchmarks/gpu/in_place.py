@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import models
 import numpy as np
-from end_to_end import Awake, cpu_list, mean_ratio, say
+from end_to_end import Awake, bind, cpu_list, mean_ratio, say
 from switching import MODES, switch
 
 METRICS = ("tokens_per_s", "mean_pass_ms", "median_pass_ms", "process_ms_per_s", "model_thread_us_per_pass")
@@ -109,16 +109,6 @@ class Traffic:
         }
 
 
-def place(cpus: list[int], engine_pid: int) -> None:
-    """The engine's core on the second half of the CPUs, this process on the first."""
-    if not cpus:
-        return
-    half = len(cpus) // 2
-    for pid, mine in ((engine_pid, cpus[half:]), (os.getpid(), cpus[:half])):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            os.sched_setaffinity(int(task.name), mine)
-
-
 def by_pass(mine: np.ndarray, off: np.ndarray) -> list[float]:
     """Ratio of the sums over passes of the medians over rounds, and its error; both [rounds, passes]."""
     ratio = lambda rounds: float(np.median(mine[rounds], axis=0).sum() / np.median(off[rounds], axis=0).sum())  # noqa: E731
@@ -174,7 +164,10 @@ def measure(args: argparse.Namespace, began: float) -> list[dict[str, Any]]:
     llm = LLM(str(folder), load_format="dummy", **options)
     rpc = lambda mode: llm.collective_rpc(switch, args=(mode,))[0]  # noqa: E731
     facts = rpc("on")
-    place(args.cpus, facts["pid"])
+    if args.cpus:
+        half = len(args.cpus) // 2
+        bind(os.getpid(), args.cpus[:half])
+        bind(facts["pid"], args.cpus[half:])
     awake = Awake(args.cpus, args.awake_file)
     awake.look()
     config = llm.llm_engine.vllm_config

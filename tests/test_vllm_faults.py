@@ -211,10 +211,16 @@ def test_damaged_boards_under_load(house: House, first: Live) -> None:
 
 
 def fill(path: Path) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
-    with contextlib.suppress(OSError):
-        while True:
-            os.write(fd, b"\0" * 4096)
+    """Until the disk is full and stays so: removed boards give their room back when the last reader lets go of them."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    size, full_since = -1, time.monotonic()
+    while time.monotonic() - full_since < 3:
+        with contextlib.suppress(OSError):
+            while True:
+                os.write(fd, b"\0" * 4096)
+        if os.fstat(fd).st_size != size:
+            size, full_since = os.fstat(fd).st_size, time.monotonic()
+        time.sleep(0.1)
     os.close(fd)
 
 
@@ -224,17 +230,19 @@ def test_the_disk_is_full_when_a_board_must_be_made_anew(house: House, first: Li
     filler, held = house.disk / "filler", house.disk / "held"
     with first.load() as load:
         (path,) = house.boards(first.server.process.pid)
-        fill(filler)
-        held.hardlink_to(path)  # or the removed board's own room would be free for the new one
-        path.unlink()
         message = "nothing is shown until it can be made"
-        eventually(lambda: message in first.server.log, 10)
-        load.progress()
-        samples = first.server.metrics()
-        assert only(samples, "moe_monitor_active") == 0
-        assert not select(samples, "moe_routed_tokens_total")
-        filler.unlink()
-        held.unlink()
+        try:
+            fill(filler)
+            held.hardlink_to(path)  # or the removed board's own room would be free for the new one
+            path.unlink()
+            eventually(lambda: message in first.server.log, 10)
+            load.progress()
+            samples = first.server.metrics()
+            assert only(samples, "moe_monitor_active") == 0
+            assert not select(samples, "moe_routed_tokens_total")
+        finally:  # or all that comes after finds a full disk
+            filler.unlink(missing_ok=True)
+            held.unlink(missing_ok=True)
         eventually(lambda: only(first.server.metrics(), "moe_monitor_active"), 5)
     assert first.server.log.count(message) == 1
     first.check_exact()

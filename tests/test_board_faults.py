@@ -24,10 +24,7 @@ import numpy as np
 import pytest
 from boards import FakeWorker, identity
 
-from moe_monitor import board as board_module
 from moe_monitor.board import (
-    _PREAMBLE,
-    MAGIC,
     BoardError,
     BoardReader,
     BoardWriter,
@@ -36,6 +33,7 @@ from moe_monitor.board import (
     live_boards,
     remove_dead_boards,
 )
+from moe_monitor.board.form import MAGIC, PREAMBLE
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.publisher import Publisher, Reading
 from moe_monitor.export.collector import MoeCollector
@@ -152,7 +150,7 @@ def test_whatever_the_disk_says_is_one_sentence(directory, monkeypatch, error):
     def refuse(*args):
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(board_module.os, "posix_fallocate", refuse)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
 
     def act():
         with pytest.raises(BoardError, match=os.strerror(error)):
@@ -199,7 +197,7 @@ def test_a_write_that_fails_switches_the_monitor_off_and_its_board_goes(director
     def refuse(*args):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(board_module.os, "pwrite", refuse)
+    monkeypatch.setattr(os, "pwrite", refuse)
     until(lambda: fuse.blown)
     until(lambda: not board_paths(directory))
     assert fuse.status.errors == {"publish": 1}
@@ -207,7 +205,7 @@ def test_a_write_that_fails_switches_the_monitor_off_and_its_board_goes(director
 
 
 def test_a_short_write_is_an_error(writer, monkeypatch):
-    monkeypatch.setattr(board_module.os, "pwrite", lambda fd, data, at: len(data) - 1)
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: len(data) - 1)
     with pytest.raises(OSError, match="short write"):
         write(writer, 1)
 
@@ -361,13 +359,13 @@ def test_a_ring_that_no_board_has_is_refused(directory, copies):
         BoardWriter(directory, "ring", identity(), {"ring": Ring(10, {"x": ("<i8", (300,))})})
     ) as made:
         content = made.path.read_bytes()
-        _, version, length, _ = _PREAMBLE.unpack_from(content)
-        description = json.loads(content[_PREAMBLE.size : _PREAMBLE.size + length])
+        _, version, length, _ = PREAMBLE.unpack_from(content)
+        description = json.loads(content[PREAMBLE.size : PREAMBLE.size + length])
         description["segments"]["ring"]["copies"] = copies
         text = json.dumps(description).encode()
         forged = directory / "forged.board"
         forged.write_bytes(
-            _PREAMBLE.pack(MAGIC, version, len(text), zlib.crc32(text)) + text + content[_PREAMBLE.size + length :]
+            PREAMBLE.pack(MAGIC, version, len(text), zlib.crc32(text)) + text + content[PREAMBLE.size + length :]
         )
         with pytest.raises(BoardError, match=r"description is damaged|too short"):
             BoardReader(forged)
@@ -396,7 +394,7 @@ def test_a_writer_interrupted_in_the_middle_of_a_write_leaves_the_one_before(wri
         pwrite(fd, data[: len(data) // 2], at)
         raise InterruptedError
 
-    monkeypatch.setattr(board_module.os, "pwrite", half)
+    monkeypatch.setattr(os, "pwrite", half)
     with pytest.raises(InterruptedError):
         write(writer, 8)
     started = time.perf_counter()
@@ -432,7 +430,7 @@ def test_a_read_that_is_held_up_gives_nothing_older_than_a_read_before(writer, m
                 return held_up[0]
             return pread(fd, size, at)
 
-        monkeypatch.setattr(board_module.os, "pread", late)
+        monkeypatch.setattr(os, "pread", late)
         after = reader.read("data")
     assert held_up
     assert (before.sequence, int(before.arrays["x"][0])) == (3, 2)

@@ -8,7 +8,7 @@ import stat
 import pytest
 from boards import FakeWorker
 
-from moe_monitor.board import MAGIC
+from moe_monitor.board.form import MAGIC
 from moe_monitor.cli import checks
 from moe_monitor.cli.checks import vllm_processes
 from moe_monitor.cli.main import main

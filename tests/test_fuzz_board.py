@@ -12,7 +12,8 @@ from boards import FakeWorker, identity
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from moe_monitor.board import _PREAMBLE, _SEGMENT, MAGIC, VERSION, BoardError, BoardReader, BoardWriter
+from moe_monitor.board import BoardError, BoardReader, BoardWriter
+from moe_monitor.board.form import HEADER, MAGIC, PREAMBLE, VERSION
 from moe_monitor.export.collector import MoeCollector
 from moe_monitor.layout import RowLayout
 from moe_monitor.records import INDEX, META_BYTES, Meta, RecordReader, record_segments, short_id
@@ -62,7 +63,7 @@ def write(folder, content):
 
 
 def preamble(text, length=None):
-    return _PREAMBLE.pack(MAGIC, VERSION, len(text) if length is None else length, zlib.crc32(text))
+    return PREAMBLE.pack(MAGIC, VERSION, len(text) if length is None else length, zlib.crc32(text))
 
 
 def board(description, *segments):
@@ -75,8 +76,8 @@ def board(description, *segments):
 def segment(payload):
     """A segment that is whole: with the right CRC."""
     stamp = (1, time.time_ns(), time.monotonic_ns())
-    crc = zlib.crc32(_SEGMENT.pack(*stamp, 0) + payload)
-    return _SEGMENT.pack(*stamp, crc) + payload
+    crc = zlib.crc32(HEADER.pack(*stamp, 0) + payload)
+    return HEADER.pack(*stamp, crc) + payload
 
 
 @quick

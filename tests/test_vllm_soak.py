@@ -23,7 +23,7 @@ OF_VLLM, YOUNG = 0.5, 24 << 10
 
 
 def benchmark() -> Any:
-    """benchmarks/soak.py, whose name is taken here."""
+    """benchmarks/soak.py; benchmarks are scripts, not a package."""
     path = Path(__file__).resolve().parent.parent / "benchmarks" / "soak.py"
     spec = importlib.util.spec_from_file_location("benchmark_soak", path)
     assert spec is not None and spec.loader is not None

@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import moods
 import numpy as np
 import pytest
-import soak
 from oracle import Oracle, entropy_ratio
 from otlp import HttpReceiver, Receiver
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -363,7 +363,7 @@ def test_a_bad_collector_costs_spans_and_nothing_else(traced: Traced) -> None:
     Last in this file: it takes the receiver away for a while. The long version is test_vllm_tracing_long.py.
     """
     requests = 60
-    report = soak.run(traced.server, traced.receiver, requests, moods=("refusing", "gone", "kind"), least_s=1.5)
-    soak.check(report, requests)
+    report = moods.run(traced.server, traced.receiver, requests, moods=("refusing", "gone", "kind"), least_s=1.5)
+    moods.check(report, requests)
     assert report.lost["spans"] >= 20, "what was refused is not counted"
     assert "moe-monitor traces no requests any more" not in traced.server.log

@@ -10,8 +10,8 @@ import os
 import platform
 from pathlib import Path
 
+import moods
 import pytest
-import soak
 from otlp import Receiver
 from serving import Server
 
@@ -31,7 +31,7 @@ def test_a_bad_collector_costs_spans_and_nothing_else(tiny_model: Path, tmp_path
     server = Server(tiny_model, tmp_path / "log", tmp_path / "run", *arguments, MOE_MONITOR_SAMPLE_RATIO="1")
     try:
         server.wait(600)
-        report = soak.run(server, receiver, REQUESTS, least_s=15)
+        report = moods.run(server, receiver, REQUESTS, least_s=15)
         log = server.log
     finally:
         server.stop()
@@ -40,11 +40,11 @@ def test_a_bad_collector_costs_spans_and_nothing_else(tiny_model: Path, tmp_path
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "server": f"vLLM {vllm.__version__}, 4 layers, 64 experts, every request traced, 3 + 2 tokens each",
     }
-    text = soak.as_markdown(report, setting)
+    text = moods.as_markdown(report, setting)
     print(text)
     if os.environ.get("MOE_TEST_SOAK_OUT"):
         Path(os.environ["MOE_TEST_SOAK_OUT"]).write_text(text)
-    soak.check(report, REQUESTS)
+    moods.check(report, REQUESTS)
     assert "traces no requests any more" not in log
     later = [(api, engine) for n, api, engine in report.memory if n >= REQUESTS // 2]
     for side in zip(*later, strict=True):

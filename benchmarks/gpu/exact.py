@@ -21,6 +21,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("MOE_MONITOR_DIR", "/tmp/moe-monitor-bench")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import llm_options
 import models
 import numpy as np
 import shadow
@@ -40,7 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--long", action="store_true", help="long prompts only: many tokens in little time")
     parser.add_argument("--off", action="store_true", help="without the monitor: plain replay times")
     parser.add_argument("--limit-s", type=int, default=570, help="ends the process, whatever it does")
-    parser.add_argument("--option", action="append", default=[], help="name=json value for LLM(...)")
+    llm_options.add_to(parser)
     return parser.parse_args()
 
 
@@ -81,9 +82,7 @@ def main() -> None:
     folder = models.write(Path("/tmp/bench-models") / args.family, args.family)
     options = {"max_num_batched_tokens": 2048, "max_model_len": 4096, "max_num_seqs": 256}
     options |= {"gpu_memory_utilization": 0.5, "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}
-    for option in args.option:
-        name, value = option.split("=", 1)
-        options[name] = json.loads(value)
+    options |= llm_options.parsed(args.option)
     llm = LLM(str(folder), load_format="dummy", **options)
     ready = time.time() - start
     if args.off:

@@ -35,6 +35,7 @@ os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to t
 os.environ.setdefault("MOE_MONITOR_DIR", tempfile.mkdtemp())
 sys.path.insert(0, str(Path(__file__).parent))
 
+import llm_options
 import models
 import numpy as np
 from end_to_end import Awake, bind, cpu_list, mean_ratio, say
@@ -55,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--deadline-s", type=float, default=570)
     parser.add_argument("--cpus", type=cpu_list, default=[])
     parser.add_argument("--awake-file", type=Path)
-    parser.add_argument("--option", action="append", default=[], help="name=json value for LLM(...)")
+    llm_options.add_to(parser)
     parser.add_argument("--read", type=Path, nargs="+")
     args = parser.parse_args()
     args.modes = ["off", *args.modes.split(",")]
@@ -157,9 +158,7 @@ def measure(args: argparse.Namespace, began: float) -> list[dict[str, Any]]:
 
     options: dict[str, Any] = {"max_model_len": 2048, "max_num_batched_tokens": 2048, "max_num_seqs": 128}
     options |= {"enable_prefix_caching": False, "gpu_memory_utilization": 0.6, "disable_log_stats": True}
-    for option in args.option:
-        name, value = option.split("=", 1)
-        options[name] = json.loads(value)
+    options |= llm_options.parsed(args.option)
     folder = models.write(Path("/tmp/bench-models") / args.family, args.family)
     llm = LLM(str(folder), load_format="dummy", **options)
     rpc = lambda mode: llm.collective_rpc(switch, args=(mode,))[0]  # noqa: E731

@@ -29,6 +29,7 @@ os.environ |= {"MOE_MONITOR_SAMPLE_RATIO": "1", "MOE_MONITOR_MAX_TRACED": "1024"
 os.environ |= {"MOE_MONITOR_DEVICE_MEMORY_MIB": "512"}
 sys.path.insert(0, str(Path(__file__).parent))
 
+import llm_options
 import models
 import numpy as np
 import shadow
@@ -67,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--speculate", action="store_true")
     parser.add_argument("--shadow-only", action="store_true", help="where vLLM cannot return routed_experts")
     parser.add_argument("--limit-s", type=int, default=570, help="ends the process, whatever it does")
-    parser.add_argument("--option", action="append", default=[], help="name=json value for LLM(...)")
+    llm_options.add_to(parser)
     return parser.parse_args()
 
 
@@ -110,9 +111,7 @@ def main() -> None:
         options["enable_return_routed_experts"] = True
     if args.speculate:
         options["speculative_config"] = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    for option in args.option:
-        name, value = option.split("=", 1)
-        options[name] = json.loads(value)
+    options |= llm_options.parsed(args.option)
     llm = LLM(str(models.write(Path("/tmp/bench-models") / args.family, args.family)), load_format="dummy", **options)
     ready = time.monotonic() - start
     (runner,) = attached

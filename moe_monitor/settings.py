@@ -105,6 +105,21 @@ def _file_or_none(text: str) -> Path | None:
     return _directory(text) if text else None
 
 
+def _address_or_none(text: str) -> tuple[str, int] | None:
+    """``host:port``, ``[IPv6]:port`` or ``:port`` for all addresses."""
+    if not text:
+        return None
+    host, colon, port = text.strip().rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not colon or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise ValueError(text)
+    if bracketed:
+        host = host[1:-1]
+    if (":" in host) != bracketed or any(c.isspace() or c in "[]/@" for c in host):
+        raise ValueError(text)
+    return host, int(port)
+
+
 def default_directory(environ: Mapping[str, str] | None = None) -> Path:
     """Where boards live unless told otherwise: private to the user, cleared at reboot."""
     env = os.environ if environ is None else environ
@@ -130,6 +145,15 @@ KNOBS: tuple[Knob, ...] = (
         "Directory of the boards, the files through which workers hand their numbers to readers. Default: "
         "$XDG_RUNTIME_DIR/moe-monitor, else /tmp/moe-monitor-UID. Created with mode 0700.",
         _directory,
+    ),
+    Knob(
+        "LISTEN",
+        "",
+        "HOST:PORT, such as 127.0.0.1:9101, or :9101 for all addresses",
+        "Where an exporter listens in the process that starts a server whose own /metrics cannot carry the monitor's: "
+        "behind vLLM's Rust front end, and on headless nodes. Default: nowhere, and the log says so. Without effect "
+        "on other servers.",
+        _address_or_none,
     ),
     Knob(
         "LOG_INTERVAL",
@@ -209,6 +233,7 @@ class Settings:
     enabled: bool
     interval: float
     dir: Path
+    listen: tuple[str, int] | None
     log_interval: float
     max_series: int
     capture: str

@@ -37,12 +37,15 @@ KEPT = (
     f"{MOE}/router/*.py",
     f"{MOE}/runner/*.py",
     "vllm/model_executor/models/utils.py",
+    "vllm/entrypoints/cli/serve.py",
     "vllm/tracing/otel.py",
     "vllm/v1/core/sched/output.py",
     "vllm/v1/engine/input_processor.py",
     "vllm/v1/engine/output_processor.py",
+    "vllm/v1/engine/utils.py",
     "vllm/v1/metrics/loggers.py",
     "vllm/v1/metrics/stats.py",
+    "vllm/v1/utils.py",
     "vllm/v1/worker/*.py",
     "vllm/v1/worker/cpu/*.py",
     "vllm/v1/worker/gpu/*.py",
@@ -422,6 +425,39 @@ def _v2_prepare(sources: Sources) -> str:
     raise Changed("execute_model does not prepare the inputs of real passes only", V2, execute.lineno)
 
 
+def _engines(sources: Sources) -> str:
+    """Whoever starts engines says which, for which model, and whether for a front end in the same process."""
+    node = sources.function(ENGINES, "__init__", "CoreEngineProcManager")
+    got = {a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs}
+    if lacking := {"local_engine_count", "start_index", "vllm_config", "local_client"} - got:
+        raise Changed(f"it does not take {', '.join(sorted(lacking))}", ENGINES, node.lineno)
+    return f"{ENGINES}:{node.lineno}"
+
+
+def _headless(sources: Sources) -> str:
+    """A headless node starts its engines with ``local_client=False``."""
+    node = sources.function(SERVE, "run_headless")
+    for call in _calls(node, "CoreEngineProcManager"):
+        if "False" in [ast.unparse(k.value) for k in call.keywords if k.arg == "local_client"]:
+            return f"{SERVE}:{call.lineno}"
+    raise Changed("run_headless does not start engines with local_client=False", SERVE, node.lineno)
+
+
+def _rust_front_end(sources: Sources) -> str:
+    """It is started by a manager of its own, after the engines, by ``vllm serve``; there is none in old versions."""
+    tree = sources.tree("vllm/v1/utils.py")
+    made = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == "RustFrontendProcessManager"]
+    if not made:
+        if "rust" in ast.unparse(sources.tree(SERVE)).lower():
+            raise Changed("it is not started by RustFrontendProcessManager", SERVE, 1)
+        return "there is none"
+    serve = sources.function(SERVE, "run_multi_api_server")
+    starts, engines = _calls(serve, "RustFrontendProcessManager"), _calls(serve, "launch_core_engines")
+    if not starts or not engines or starts[0].lineno < engines[0].lineno:
+        raise Changed("vllm serve does not start it after the engines", SERVE, serve.lineno)
+    return f"{SERVE}:{starts[0].lineno}"
+
+
 def _finish_and_trace(sources: Sources) -> str:
     """The output processor calls both methods on itself, with the request first where we expect it."""
     cls = sources.cls(OUTPUT, "OutputProcessor")
@@ -436,6 +472,8 @@ def _finish_and_trace(sources: Sources) -> str:
 
 CONFIG = f"{MOE}/config.py"
 OUTPUT = "vllm/v1/engine/output_processor.py"
+ENGINES = "vllm/v1/engine/utils.py"
+SERVE = "vllm/entrypoints/cli/serve.py"
 SCHEDULED = "vllm/v1/core/sched/output.py"
 STATS = "vllm/v1/metrics/stats.py"
 CONTEXT = "vllm/forward_context.py"
@@ -661,6 +699,9 @@ CHECKS = (
         takes("vllm/entrypoints/serve/instrumentator/metrics.py", "attach_router", "app"),
     ),
     Check("frontend", "attach_router is imported late and mounts /metrics", _late_import),
+    Check("beside", "CoreEngineProcManager(local_engine_count, start_index, vllm_config, local_client)", _engines),
+    Check("beside", "headless nodes start engines with local_client=False", _headless),
+    Check("beside", "RustFrontendProcessManager, after the engines, or no Rust front end", _rust_front_end),
 )
 
 

@@ -45,14 +45,21 @@ def environment(run_dir: Path, **extra: str) -> dict[str, str]:
     }
 
 
-class Server:
-    """``python -m vllm.entrypoints.openai.api_server`` on a free loopback port, its log in a file."""
+#: Two ways to start a server, after the Python interpreter.
+API_SERVER = ("-m", "vllm.entrypoints.openai.api_server")
+VLLM_SERVE = ("-m", "vllm.entrypoints.cli.main", "serve")
 
-    def __init__(self, model: Path, log: Path, run_dir: Path, *args: str, **env: str) -> None:
+
+class Server:
+    """A vLLM server on a free loopback port, its log in a file."""
+
+    def __init__(
+        self, model: Path, log: Path, run_dir: Path, *args: str, entry: tuple[str, ...] = API_SERVER, **env: str
+    ) -> None:
         self.port = free_port()
         self.log_path = log
         self.run_dir = run_dir
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        command = [sys.executable, *entry]
         command += ["--model", str(model), "--served-model-name", "tiny", "--dtype", "float32"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), *args]
         with log.open("w") as file:
@@ -119,9 +126,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model: Path, tmp: Path, *args: str, **env: str) -> Iterator[Server]:
+def serving(model: Path, tmp: Path, *args: str, entry: tuple[str, ...] = API_SERVER, **env: str) -> Iterator[Server]:
     tmp.mkdir(exist_ok=True)
-    server = Server(model, tmp / "server.log", tmp / "run", *args, **env)
+    server = Server(model, tmp / "server.log", tmp / "run", *args, entry=entry, **env)
     try:
         yield server.wait()
     finally:

@@ -63,6 +63,14 @@ def test_all_fine_in_words(directory, capsys):
     assert capsys.readouterr().out.rstrip().endswith("No problems found.")
 
 
+@pytest.mark.parametrize("rust", [True, False, "yes"])
+def test_numbers_that_are_not_where_they_are_looked_for(directory, capsys, rust):
+    with FakeWorker(directory, rust_frontend=rust):
+        code, found = doctor(capsys)
+    assert code == 0
+    assert ("MOE_MONITOR_LISTEN" in found[-1]["advice"]) is (rust is True)
+
+
 def test_nothing_runs_is_no_fault(capsys):
     code, found = doctor(capsys)
     assert code == 0

@@ -195,6 +195,10 @@ MUTATIONS = [
     ("vllm/v1/metrics/loggers.py", "engine_indexes", "engines", "PrometheusStatLogger", "changed"),
     ("vllm/plugins/__init__.py", "vllm.general_plugins", "vllm.plugins", "entry-point group", "changed"),
     ("vllm/entrypoints/serve/instrumentator/metrics.py", '"/metrics"', '"/stats"', "imported late", "changed"),
+    ("vllm/v1/engine/utils.py", "local_client: bool", "remote: bool", "CoreEngineProcManager(", "changed"),
+    ("vllm/entrypoints/cli/serve.py", "local_client=False", "local_client=None", "headless nodes", "changed"),
+    ("vllm/entrypoints/cli/serve.py", "launch_core_engines(", "launch(", "RustFrontendProcessManager", "changed"),
+    ("vllm/v1/utils.py", "class RustFrontendProcessManager", "class Rust", "RustFrontendProcessManager", "changed"),
 ]
 
 

@@ -36,6 +36,35 @@ def test_a_bad_value_is_named_with_its_range(name: str, value: str, allowed: str
     assert str(error.value) == f"{name}={value!r} is not allowed; it takes {allowed}"
 
 
+@pytest.mark.parametrize("port", ["", "0", "65536", "-1", "+1", "1.0", "http", "\N{FULLWIDTH DIGIT NINE}"])
+def test_a_bad_port_is_refused(port: str) -> None:
+    with pytest.raises(
+        SettingsError, match=r"MOE_MONITOR_LISTEN='localhost:.*' is not allowed; it takes HOST:PORT, such"
+    ):
+        load({"MOE_MONITOR_LISTEN": f"localhost:{port}"})
+
+
+@pytest.mark.parametrize("host", ["", "::1:", "[localhost]:", "[::1:", "::1]:", "[]:", "a b:", "http://localhost:"])
+def test_a_bad_host_is_refused(host: str) -> None:
+    with pytest.raises(SettingsError, match=r"MOE_MONITOR_LISTEN='.*' is not allowed; it takes HOST:PORT, such"):
+        load({"MOE_MONITOR_LISTEN": f"{host}9101"})
+
+
+@pytest.mark.parametrize(
+    ("value", "address"),
+    [
+        ("", None),
+        (" ", None),
+        ("127.0.0.1:9101", ("127.0.0.1", 9101)),
+        (" node-7.cluster:1 ", ("node-7.cluster", 1)),
+        (":65535", ("", 65535)),
+        ("[::1]:9101", ("::1", 9101)),
+    ],
+)
+def test_an_address_is_read(value: str, address: tuple[str, int] | None) -> None:
+    assert load({"MOE_MONITOR_LISTEN": value}).listen == address
+
+
 def test_an_unknown_name_is_refused_with_the_likeliest_meant() -> None:
     with pytest.raises(SettingsError, match=r"'MOE_MONITOR_INTERVALL' is not .* did you mean MOE_MONITOR_INTERVAL"):
         load({"MOE_MONITOR_INTERVALL": "1"})

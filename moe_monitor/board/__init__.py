@@ -21,7 +21,7 @@ The writer holds an exclusive ``flock`` for as long as it lives. That is how a d
 re-used pids and container pid namespaces alike.
 """
 
-from moe_monitor.board.directory import board_paths, live_boards, open_directory, remove_dead_boards
+from moe_monitor.board.directory import board_paths, live_boards, open_directory, remove_boards_of, remove_dead_boards
 from moe_monitor.board.form import ArraySpec, BoardError, Ring
 from moe_monitor.board.reader import BoardReader
 from moe_monitor.board.writer import BoardWriter
@@ -35,5 +35,6 @@ __all__ = [
     "board_paths",
     "live_boards",
     "open_directory",
+    "remove_boards_of",
     "remove_dead_boards",
 ]

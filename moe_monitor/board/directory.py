@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,20 @@ def live_boards(directory: Path) -> Iterator[BoardReader]:
             yield reader
         else:
             reader.close()
+
+
+def remove_boards_of(server: str, directory: Path) -> None:
+    """Remove the boards of a server whose processes are being killed, before they could do it themselves. Waits up to
+    two seconds for that.
+    """
+    for _ in range(20):
+        try:
+            remove_dead_boards(directory)
+            if not any(path.name.startswith(f"{server}.") for path in board_paths(directory)):
+                return
+        except BoardError:
+            return
+        time.sleep(0.1)
 
 
 def remove_dead_boards(directory: Path) -> int:

@@ -30,6 +30,13 @@ CAPTURES = {
 }
 
 
+#: An engine whose numbers are not where they are looked for.
+BEHIND_RUST = (
+    "vLLM's Rust front end answers this server's own /metrics, without any of it: scrape the address of the server's "
+    "MOE_MONITOR_LISTEN, or `moe-monitor export`"
+)
+
+
 @dataclass(frozen=True)
 class Check:
     """One finding. A ``note`` is worth knowing and no fault; ``advice`` says what to do. ``data``: for --json."""
@@ -198,7 +205,8 @@ def _engine(engine: EngineSnapshot) -> Check:
     if status.errors:
         told = ", ".join(f"{where}: {n}" for where, n in sorted(status.errors.items()))
         return Check(name, "problem", f"errors inside the monitor ({told}); {facts}", "see the server's log", data)
-    return Check(name, "ok", f"active, {facts}", data=data)
+    elsewhere = any(identity.get("rust_frontend") is True for identity in engine.identities)
+    return Check(name, "ok", f"active, {facts}", BEHIND_RUST if elsewhere else "", data)
 
 
 def vllm_processes(proc: Path = Path("/proc")) -> list[int]:

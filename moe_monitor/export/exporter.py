@@ -303,9 +303,9 @@ def _refusal(error: OSError | UnicodeError, host: str, port: int) -> str:
     if isinstance(error, socket.gaierror | UnicodeError):
         return f"cannot listen on {host!r}: {elsewhere}"
     known = {
-        errno.EADDRINUSE: "another program listens there; stop it or choose another --port",
+        errno.EADDRINUSE: "another program listens there; stop it or choose another port",
         errno.EADDRNOTAVAIL: elsewhere,
-        errno.EACCES: "ports below 1024 need special rights; choose a higher --port",
+        errno.EACCES: "ports below 1024 need special rights; choose a higher port",
     }
     why = known.get(error.errno or 0, error.strerror or str(error))
     return f"cannot listen on {host or '*'}:{port}: {why}"

@@ -49,10 +49,14 @@ class Finished:
 class FrontEnd:
     """Matches requests with records, in a daemon thread that starts with the first request.
 
-    emit: makes a span of (parent, summary). dropped_spans: how many could not be sent.
+    emit: makes a span of (parent, summary). dropped_spans: how many could not be sent. told: requests that are answered
+    are told of by :meth:`finish`. Where nobody tells, every record is of one, of unknown latency; then :meth:`start`.
     """
 
-    def __init__(self, directory: Path, server: str, fleet: FleetLoad, logger: logging.Logger) -> None:
+    def __init__(
+        self, directory: Path, server: str, fleet: FleetLoad, logger: logging.Logger, *, told: bool = True
+    ) -> None:
+        self._told = told
         self._pause = Turns()
         self._reader = RecordReader(directory, server, pause=self._pause)
         self._board = FrontBoard(directory, server)
@@ -86,8 +90,12 @@ class FrontEnd:
             if len(self._finished) > MOST_FINISHED:
                 del self._finished[next(iter(self._finished))]
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="moe-monitor-requests", daemon=True)
-            self._thread.start()
+            self.start()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._run, name="moe-monitor-requests", daemon=True)
+        self._thread.start()
 
     def notice(self, request_id: str, span: Any) -> None:
         """The ``llm_request`` span of a request has ended."""
@@ -134,10 +142,10 @@ class FrontEnd:
         pairs = []
         with self._lock:
             for name, (since, record) in list(self._records.items()):
-                finished = self._finished.get(name)
+                finished = self._finished.get(name) if self._told else Finished(now)
                 if finished is not None and finished.complete:
                     pairs.append((finished, record))
-                    del self._finished[name]
+                    self._finished.pop(name, None)
                 if (finished is not None and finished.complete) or now - since > RECORD_WAITS:
                     del self._records[name]  # unmatched: aborted, or answered by another API server
             room = MOST_RECORDS

@@ -19,13 +19,12 @@ import queue
 import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qs
 
 from moe_monitor import settings
-from moe_monitor.board import BoardError, board_paths, remove_dead_boards
+from moe_monitor.board import remove_boards_of
 from moe_monitor.capture.vllm.plugin import SERVER_VARIABLE
 from moe_monitor.export.collector import MoeCollector
 
@@ -59,20 +58,8 @@ def collector() -> MoeCollector:
             logger=logger,
         )
         _collector.start()
-        atexit.register(_sweep, configured.dir, f"{_collector.server}.")
+        atexit.register(remove_boards_of, str(_collector.server), configured.dir)
     return _collector
-
-
-def _sweep(directory: Path, prefix: str) -> None:
-    """Remove the boards of this server's workers, which vLLM kills at shutdown before they could do it themselves."""
-    for _ in range(20):
-        try:
-            remove_dead_boards(directory)
-            if not any(path.name.startswith(prefix) for path in board_paths(directory)):
-                return
-        except BoardError:
-            return
-        time.sleep(0.1)
 
 
 def patch_loggers(module: ModuleType) -> None:

@@ -31,6 +31,8 @@ SEAMS = {
     "vllm.v1.engine.input_processor": ("tracing", "patch_input"),
     "vllm.v1.engine.output_processor": ("tracing", "patch_output"),
     "vllm.entrypoints.serve.instrumentator.metrics": ("frontend", "patch_metrics"),
+    "vllm.v1.utils": ("beside", "patch_utils"),
+    "vllm.v1.engine.utils": ("beside", "patch_engines"),
 }
 
 _armed = False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_monitor.capture.vllm.plugin import SEAMS
+from moe_monitor.capture.vllm.plugin import RAY_VARIABLE, SEAMS
 
 MOE = "vllm/model_executor/layers/fused_moe"
 V1 = "vllm/v1/worker/gpu_model_runner.py"
@@ -22,6 +22,8 @@ ROUTER = f"{MOE}/router/base_router.py"
 #: What is kept of a wheel.
 KEPT = (
     "vllm/__init__.py",
+    "vllm/envs.py",
+    "vllm/ray/ray_env.py",
     "vllm/version.py",
     "vllm/forward_context.py",
     WRAPPER,
@@ -192,6 +194,17 @@ def _plugin_group(sources: Sources) -> str:
     text = ast.unparse(sources.tree(path))
     if "'vllm.general_plugins'" not in text:
         raise Changed("the group is not called vllm.general_plugins", path, node.lineno)
+    return f"{path}:{node.lineno}"
+
+
+def _ray_copies(sources: Sources) -> str:
+    """vLLM passes variables on to Ray's actors whose names begin as one of its own says, and knows that one."""
+    path = "vllm/ray/ray_env.py"
+    node = sources.function(path, "get_env_vars_to_copy")
+    if RAY_VARIABLE not in ast.unparse(node):
+        raise Changed(f"it does not look at {RAY_VARIABLE}", path, node.lineno)
+    if f"'{RAY_VARIABLE}'" not in ast.unparse(sources.tree("vllm/envs.py")):
+        raise Missing(f"{RAY_VARIABLE} is not known to vllm/envs.py")
     return f"{path}:{node.lineno}"
 
 
@@ -482,6 +495,7 @@ COMPILATION = "vllm/config/compilation.py"
 CHECKS = (
     Check("plugin", "entry-point group vllm.general_plugins", _plugin_group),
     Check("plugin", "the modules that are patched on import", _modules),
+    Check("plugin", "variables for actors of Ray", _ray_copies),
     Check("versions", "vllm.__version__", _version),
     Check("runner_v1", "GPUModelRunner.load_model", takes(V1, "load_model", cls="GPUModelRunner")),
     Check("runner_v1", "CPUModelRunner.load_model", _v1_cpu_load),

@@ -212,3 +212,41 @@ def test_children_belong_to_their_server_and_servers_are_their_own(tmp_path):
     server, *children = done.stdout.split()
     assert server.partition("-")[0].isdigit()
     assert children == [server] * 3
+
+
+ACTORS = """
+import os, sys, types
+import moe_monitor.capture.vllm.plugin as plugin
+
+class Context:
+    def get_actor_id(self):
+        if sys.argv[1] == "another-version":
+            raise AttributeError("get_actor_id")
+        return "04a2" if sys.argv[1] == "actor" else None
+
+ray = types.ModuleType("ray")
+ray.is_initialized = lambda: sys.argv[1] != "not-connected"
+ray.get_runtime_context = Context
+sys.modules["ray"] = ray
+if len(sys.argv) > 2:
+    os.environ[plugin.RAY_VARIABLE] = sys.argv[2]
+plugin.register()
+print(os.environ[plugin.SERVER_VARIABLE], os.environ[plugin.RAY_VARIABLE])
+"""
+
+
+@pytest.mark.parametrize(
+    ("process", "own"), [("actor", False), ("driver", True), ("not-connected", True), ("another-version", True)]
+)
+def test_actors_of_ray_belong_to_the_server_that_passed_its_variables_on(process, own):
+    def run(*arguments, **more):
+        env = {k: v for k, v in os.environ.items() if k != "_MOE_MONITOR_SERVER"} | more
+        command = [sys.executable, "-c", ACTORS, *arguments]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+
+    server, prefixes = run(process, _MOE_MONITOR_SERVER="of-the-driver")
+    assert (server != "of-the-driver") is own
+    assert prefixes == "_MOE_MONITOR_SERVER,MOE_MONITOR_"
+    server, prefixes = run(process, "MINE_, _MOE_MONITOR_SERVER")
+    assert server.partition("-")[0].isdigit(), "an engine in an actor of its own"
+    assert prefixes == "MINE_,_MOE_MONITOR_SERVER,MOE_MONITOR_"

@@ -121,5 +121,8 @@ def test_an_exporter_listens_on_a_headless_node(tiny_model: Path, tmp_path: Path
         server.wait(60)
         eventually(lambda: not list((tmp_path / "run").glob("*.board")), 10)
     finally:
-        server.poll() is None and os.killpg(server.pid, signal.SIGKILL)
-        server.wait(30)
+        server.terminate()  # what it has started does not end with a process group
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)

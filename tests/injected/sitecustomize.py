@@ -9,6 +9,7 @@ MOE_TEST_CLOCK=FILE  the wall clock is off by as many seconds as FILE says.
 MOE_TEST_STARTED=FILE  every interpreter that starts, rather than being forked, adds its pid.
 MOE_TEST_MEMORY=FOLDER  every minute a process adds a line to FOLDER/PID: bytes that lines of moe_monitor have allocated
     and that are still held, and those of all of Python.
+MOE_TEST_RAY=1  vLLM takes what Ray calls a GPU for a device of its CPU platform, which it does not run under Ray.
 MOE_TEST_HEARTBEAT=FILE  the API server's event loop wakes every 2 ms and writes how late it was, in seconds.
 """
 
@@ -187,6 +188,15 @@ def _beat(path):
     wrapt.register_post_import_hook(patch, "uvicorn.server")
 
 
+def _let_ray_schedule():
+    def patch(module):
+        module.CpuPlatform.ray_device_key = "GPU"
+
+    wrapt.register_post_import_hook(patch, "vllm.platforms.cpu")
+
+
+if os.environ.get("MOE_TEST_RAY"):
+    _let_ray_schedule()
 if os.environ.get("MOE_TEST_ROUTER_BIAS"):
     _bias_routers(os.environ["MOE_TEST_ROUTER_BIAS"])
 if os.environ.get("MOE_TEST_SLOW"):

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 #: Not a setting, hence without the settings' prefix.
 SERVER_VARIABLE = "_MOE_MONITOR_SERVER"
 
+#: vLLM's variable: beginnings of the names of variables that actors of Ray are to have, too.
+RAY_VARIABLE = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+
 #: Module that vLLM imports -> our function (in this package) that patches it.
 SEAMS = {
     "vllm.v1.worker.gpu_model_runner": ("runner_v1", "patch_gpu"),
@@ -58,16 +61,31 @@ def register() -> None:
 def _arm() -> None:
     from moe_monitor.capture.vllm.imports import when_imported
 
-    if not _is_child() or SERVER_VARIABLE not in os.environ:
+    if not _is_started_by_another() or SERVER_VARIABLE not in os.environ:
         os.environ[SERVER_VARIABLE] = f"{os.getpid()}-{os.urandom(4).hex()}"
+    _let_ray_pass_on(SERVER_VARIABLE, "MOE_MONITOR_")
     for module, (file, function) in SEAMS.items():
         when_imported(module, _patcher(file, function))
 
 
-def _is_child() -> bool:
-    """Whether multiprocessing started this process. It is loaded in every process that it starts."""
+def _is_started_by_another() -> bool:
+    """Whether multiprocessing or Ray started this process for one that may have armed before. Either is loaded in every
+    process that it starts.
+    """
     parent = getattr(sys.modules.get("multiprocessing.process"), "parent_process", None)
-    return parent is not None and parent() is not None
+    if parent is not None and parent() is not None:
+        return True
+    ray = sys.modules.get("ray")
+    try:
+        return ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+    except Exception:  # another version of Ray, or one that is being imported
+        return False
+
+
+def _let_ray_pass_on(*prefixes: str) -> None:
+    """Actors of Ray do not inherit the environment. vLLM passes on what begins as this variable of its own says."""
+    known = [name.strip() for name in os.environ.get(RAY_VARIABLE, "").split(",") if name.strip()]
+    os.environ[RAY_VARIABLE] = ",".join(dict.fromkeys([*known, *prefixes]))
 
 
 def _patcher(file: str, function: str) -> Hook:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_monitor.capture.vllm.plugin import RAY_VARIABLE, SEAMS
+from moe_monitor.capture.vllm.plugin import RAY_VARIABLE, SEAMS, SUPERVISED
 
 MOE = "vllm/model_executor/layers/fused_moe"
 V1 = "vllm/v1/worker/gpu_model_runner.py"
@@ -40,6 +40,8 @@ KEPT = (
     f"{MOE}/runner/*.py",
     "vllm/model_executor/models/utils.py",
     "vllm/entrypoints/cli/serve.py",
+    "vllm/entrypoints/launchers/dp_supervisor.py",
+    "vllm/entrypoints/openai/dp_supervisor.py",
     "vllm/tracing/otel.py",
     "vllm/v1/core/sched/output.py",
     "vllm/v1/engine/input_processor.py",
@@ -206,6 +208,21 @@ def _ray_copies(sources: Sources) -> str:
     if f"'{RAY_VARIABLE}'" not in ast.unparse(sources.tree("vllm/envs.py")):
         raise Missing(f"{RAY_VARIABLE} is not known to vllm/envs.py")
     return f"{path}:{node.lineno}"
+
+
+def _supervised(sources: Sources) -> str:
+    """The supervisor of several servers names their processes as we know them."""
+    for folder in ("launchers", "openai"):
+        path = f"vllm/entrypoints/{folder}/dp_supervisor.py"
+        try:
+            node = sources.function(path, "_start_children", "DPSupervisor")
+        except Missing:
+            continue
+        for call in _calls(node, "context.Process"):
+            if any(k.arg == "name" and SUPERVISED in ast.unparse(k.value) for k in call.keywords):
+                return f"{path}:{call.lineno}"
+        raise Changed(f"it names no process {SUPERVISED}", path, node.lineno)
+    raise Missing("there is no DPSupervisor._start_children")
 
 
 def _version(sources: Sources) -> str:
@@ -496,6 +513,7 @@ CHECKS = (
     Check("plugin", "entry-point group vllm.general_plugins", _plugin_group),
     Check("plugin", "the modules that are patched on import", _modules),
     Check("plugin", "variables for actors of Ray", _ray_copies),
+    Check("plugin", "names of the servers of a DPSupervisor", _supervised),
     Check("versions", "vllm.__version__", _version),
     Check("runner_v1", "GPUModelRunner.load_model", takes(V1, "load_model", cls="GPUModelRunner")),
     Check("runner_v1", "CPUModelRunner.load_model", _v1_cpu_load),

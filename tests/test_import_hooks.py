@@ -191,13 +191,14 @@ if __name__ == "__main__":
     plugin.register()
     assert sum(type(finder).__module__ == "moe_monitor.capture.vllm.imports" for finder in sys.meta_path) == 1
     print(os.environ[plugin.SERVER_VARIABLE])
-    for way in ("spawn", "fork", "forkserver"):
-        context = multiprocessing.get_context(way)
-        queue = context.SimpleQueue()
-        process = context.Process(target=child, args=(queue,))
-        process.start()
-        print(queue.get())
-        process.join()
+    for name in ("ApiServer_1", "APIServer_DPRank_1"):
+        for way in ("spawn", "fork", "forkserver"):
+            context = multiprocessing.get_context(way)
+            queue = context.SimpleQueue()
+            process = context.Process(target=child, args=(queue,), name=name)
+            process.start()
+            print(queue.get())
+            process.join()
 """
 
 
@@ -205,13 +206,20 @@ def test_children_belong_to_their_server_and_servers_are_their_own(tmp_path):
     (tmp_path / "children.py").write_text(CHILDREN)
     path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"_MOE_MONITOR_SERVER": "of-the-shell-that-started-it", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, "children.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    server, *children = done.stdout.split()
-    assert server.partition("-")[0].isdigit()
-    assert children == [server] * 3
+
+    def run(**more):
+        command = [sys.executable, "children.py"]
+        done = subprocess.run(command, cwd=tmp_path, env=env | more, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        server, *children = done.stdout.split()
+        assert server.partition("-")[0].isdigit()
+        return server, children
+
+    server, children = run(VLLM_USE_RUST_FRONTEND="0")
+    assert children[:3] == [server] * 3
+    assert len({server, *children[3:]}) == 4, "each has a port and an engine of its own"
+    server, children = run(VLLM_USE_RUST_FRONTEND="1")
+    assert children == [server] * 6, "one exporter shows them all"
 
 
 ACTORS = """

@@ -61,20 +61,26 @@ def register() -> None:
 def _arm() -> None:
     from moe_monitor.capture.vllm.imports import when_imported
 
-    if not _is_started_by_another() or SERVER_VARIABLE not in os.environ:
+    if not _is_of_the_server_before() or SERVER_VARIABLE not in os.environ:
         os.environ[SERVER_VARIABLE] = f"{os.getpid()}-{os.urandom(4).hex()}"
     _let_ray_pass_on(SERVER_VARIABLE, "MOE_MONITOR_")
     for module, (file, function) in SEAMS.items():
         when_imported(module, _patcher(file, function))
 
 
-def _is_started_by_another() -> bool:
-    """Whether multiprocessing or Ray started this process for one that may have armed before. Either is loaded in every
+#: How vLLM's supervisor names the servers that it starts, one a data-parallel rank, each with a port and an engine.
+SUPERVISED = "APIServer_DPRank_"
+
+
+def _is_of_the_server_before() -> bool:
+    """Whether multiprocessing or Ray started this process for a server that has armed before. Either is loaded in every
     process that it starts.
     """
-    parent = getattr(sys.modules.get("multiprocessing.process"), "parent_process", None)
-    if parent is not None and parent() is not None:
-        return True
+    processes = sys.modules.get("multiprocessing.process")
+    if processes is not None and processes.parent_process() is not None:
+        # (Behind Rust front ends there are no API servers to tell apart: the exporter of the first shows all engines.)
+        rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "").strip() not in ("", "0")
+        return rust or not processes.current_process().name.startswith(SUPERVISED)
     ray = sys.modules.get("ray")
     try:
         return ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None

@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
 import zlib
 
 import pytest
@@ -269,3 +270,24 @@ def test_servers_of_one_model_are_told_apart(directory):
     assert only_one.count("moe_monitor_active{") == 1
     for worker in workers:
         worker.board.close()
+
+
+@pytest.mark.parametrize("name", ["moe-monitor-windows", "moe-monitor-exporter"])
+def test_where_no_thread_can_be_started_it_can_still_be_stopped(directory, monkeypatch, name):
+    """As at a limit of processes: a server's process that is to end must not wait for what never ran."""
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    exporter = Exporter(MoeCollector(directory), "127.0.0.1", 0)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="new thread"):
+        exporter.start()
+    monkeypatch.undo()
+    stopping = threading.Thread(target=exporter.stop, daemon=True)
+    stopping.start()
+    stopping.join(10)
+    assert not stopping.is_alive()

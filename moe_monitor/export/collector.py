@@ -73,8 +73,9 @@ class MoeCollector(Collector):
     def start(self) -> None:
         """Feed the trailing windows from a daemon thread, so that they do not depend on when scrapes come."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._feed, name="moe-monitor-windows", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._feed, name="moe-monitor-windows", daemon=True)
+            thread.start()
+            self._thread = thread
 
     def stop(self) -> None:
         self._stop.set()

@@ -272,7 +272,9 @@ class Exporter(ThreadingHTTPServer):
         """The last traced requests as JSON, newest first, at most ``limit`` of them."""
         wanted = parse_qs(query).get("limit", ["100"])[-1]
         limit = min(int(wanted), 1000) if wanted.isdecimal() and len(wanted) < 10 else 100
-        return json.dumps([as_json(s) for s in recent(self.collector.directory, self._fleet, limit)]).encode()
+        return json.dumps(
+            [as_json(s) for s in recent(self.collector.directory, self._fleet, limit, self.collector.server)]
+        ).encode()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002  (not our signature)
         # A client that went away is not worth a traceback. socketserver calls this inside its except block.
@@ -281,9 +283,9 @@ class Exporter(ThreadingHTTPServer):
     def start(self) -> None:
         """Serve from a thread, and keep the trailing windows fed."""
         self.collector.start()
-        serve = self.serve_forever
-        self._thread = threading.Thread(target=serve, args=(0.1,), name="moe-monitor-exporter", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self.serve_forever, args=(0.1,), name="moe-monitor-exporter", daemon=True)
+        thread.start()
+        self._thread = thread  # only now: stopping waits for it
 
     def stop(self) -> None:
         """Stop serving and free the port. Safe to call twice."""

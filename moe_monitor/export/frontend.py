@@ -94,8 +94,9 @@ class FrontEnd:
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread = threading.Thread(target=self._run, name="moe-monitor-requests", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="moe-monitor-requests", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def notice(self, request_id: str, span: Any) -> None:
         """The ``llm_request`` span of a request has ended."""

@@ -251,10 +251,12 @@ class FleetLoad:
                 self._loads[engine.key] = (engine.layers, engine.layout.column(rows, "experts"))
 
 
-def recent(directory: Path, fleet: FleetLoad, limit: int = 1000) -> list[Summary]:
-    """The last traced requests of all servers of a run directory, newest first; damaged records are left out."""
+def recent(directory: Path, fleet: FleetLoad, limit: int = 1000, server: str | None = None) -> list[Summary]:
+    """The last traced requests of all servers of a run directory, or of one, newest first; damaged records are left
+    out.
+    """
     # A few more than wanted: the boards of a request's ranks need not be equally far.
-    reader = RecordReader(directory, patience=0, newest=limit + 16)
+    reader = RecordReader(directory, server, patience=0, newest=limit + 16)
     try:
         records = reader.poll()
     finally:

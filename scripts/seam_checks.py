@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_monitor.capture.vllm.plugin import RAY_VARIABLE, SEAMS, SUPERVISED
+from moe_monitor.capture.vllm.plugin import SEAMS, SUPERVISED
 
 MOE = "vllm/model_executor/layers/fused_moe"
 V1 = "vllm/v1/worker/gpu_model_runner.py"
@@ -22,7 +22,6 @@ ROUTER = f"{MOE}/router/base_router.py"
 #: What is kept of a wheel.
 KEPT = (
     "vllm/__init__.py",
-    "vllm/envs.py",
     "vllm/ray/ray_env.py",
     "vllm/version.py",
     "vllm/forward_context.py",
@@ -47,6 +46,8 @@ KEPT = (
     "vllm/v1/engine/input_processor.py",
     "vllm/v1/engine/output_processor.py",
     "vllm/v1/engine/utils.py",
+    "vllm/v1/executor/multiproc_executor.py",
+    "vllm/v1/executor/ray_executor*.py",
     "vllm/v1/metrics/loggers.py",
     "vllm/v1/metrics/stats.py",
     "vllm/v1/utils.py",
@@ -76,6 +77,9 @@ class Sources:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._trees: dict[str, ast.Module] = {}
+
+    def has(self, path: str) -> bool:
+        return (self.root / path).exists()
 
     def tree(self, path: str) -> ast.Module:
         if path not in self._trees:
@@ -186,7 +190,9 @@ def takes(path: str, name: str, *leading: str, cls: str = "") -> Test:
 
 def _modules(sources: Sources) -> str:
     for name in SEAMS:
-        sources.tree(name.replace(".", "/") + ".py")
+        path = name.replace(".", "/") + ".py"
+        if path != RAY_V1 or sources.has(path):  # from 0.33 on there is only the second
+            sources.tree(path)
     return "vllm/v1, vllm/entrypoints"
 
 
@@ -199,15 +205,41 @@ def _plugin_group(sources: Sources) -> str:
     return f"{path}:{node.lineno}"
 
 
-def _ray_copies(sources: Sources) -> str:
-    """vLLM passes variables on to Ray's actors whose names begin as one of its own says, and knows that one."""
-    path = "vllm/ray/ray_env.py"
-    node = sources.function(path, "get_env_vars_to_copy")
-    if RAY_VARIABLE not in ast.unparse(node):
-        raise Changed(f"it does not look at {RAY_VARIABLE}", path, node.lineno)
-    if f"'{RAY_VARIABLE}'" not in ast.unparse(sources.tree("vllm/envs.py")):
-        raise Missing(f"{RAY_VARIABLE} is not known to vllm/envs.py")
-    return f"{path}:{node.lineno}"
+def _ray_names(sources: Sources) -> str:
+    """Prefixes of names that Ray's actors get are a set of the module's, which is looked at when actors are started."""
+    tree = sources.tree(RAY)
+    named = [n for n in tree.body if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == RAY_PREFIXES]
+    if not named or not isinstance(named[0].value, ast.Set):
+        raise Missing(f"{RAY_PREFIXES} is no set in {RAY}")
+    node = sources.function(RAY, "get_env_vars_to_copy")
+    if not any(isinstance(n, ast.Name) and n.id == RAY_PREFIXES for n in ast.walk(node)):
+        raise Changed(f"get_env_vars_to_copy does not look at {RAY_PREFIXES}", RAY, node.lineno)
+    return f"{RAY}:{node.lineno}"
+
+
+def _ray_copies(path: str, cls: str, method: str) -> Test:
+    """The method that starts actors asks what to copy, and copies it from the environment as it then is."""
+
+    def test(sources: Sources) -> str:
+        if path == RAY_V1 and not sources.has(path):
+            return "there is none"
+        node = sources.function(path, method, cls)
+        if not _calls(node, "get_env_vars_to_copy") or "os.environ[name]" not in ast.unparse(node):
+            raise Changed(f"{cls}.{method} does not copy what get_env_vars_to_copy names", path, node.lineno)
+        return f"{path}:{node.lineno}"
+
+    return test
+
+
+def _ray_second(sources: Sources) -> str:
+    """Its workers' processes start with the environment that ``_build_runtime_env`` returns."""
+    node = sources.function(RAY_V2, "_build_runtime_env", "RayExecutorV2")
+    if "'env_vars'" not in ast.unparse(node):
+        raise Changed("_build_runtime_env has no env_vars", RAY_V2, node.lineno)
+    start = sources.function(RAY_V2, "_init_executor", "RayExecutorV2")
+    if not _calls(start, "self._build_runtime_env"):
+        raise Changed("_init_executor does not call _build_runtime_env", RAY_V2, start.lineno)
+    return f"{RAY_V2}:{node.lineno}"
 
 
 def _supervised(sources: Sources) -> str:
@@ -473,14 +505,19 @@ def _headless(sources: Sources) -> str:
     raise Changed("run_headless does not start engines with local_client=False", SERVE, node.lineno)
 
 
+def _workers(sources: Sources) -> str:
+    """A node that only has workers of an engine on another starts them with ``monitor_workers=False``."""
+    takes(MULTIPROC, "__init__", "vllm_config", "monitor_workers", cls="MultiprocExecutor")(sources)
+    node = sources.function(SERVE, "run_headless")
+    for call in _calls(node, "MultiprocExecutor"):
+        if "False" in [ast.unparse(k.value) for k in call.keywords if k.arg == "monitor_workers"]:
+            return f"{SERVE}:{call.lineno}"
+    raise Changed("run_headless does not start workers with monitor_workers=False", SERVE, node.lineno)
+
+
 def _rust_front_end(sources: Sources) -> str:
-    """It is started by a manager of its own, after the engines, by ``vllm serve``; there is none in old versions."""
-    tree = sources.tree("vllm/v1/utils.py")
-    made = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == "RustFrontendProcessManager"]
-    if not made:
-        if "rust" in ast.unparse(sources.tree(SERVE)).lower():
-            raise Changed("it is not started by RustFrontendProcessManager", SERVE, 1)
-        return "there is none"
+    """It is started by a manager of its own, after the engines, by ``vllm serve``."""
+    sources.cls("vllm/v1/utils.py", "RustFrontendProcessManager")
     serve = sources.function(SERVE, "run_multi_api_server")
     starts, engines = _calls(serve, "RustFrontendProcessManager"), _calls(serve, "launch_core_engines")
     if not starts or not engines or starts[0].lineno < engines[0].lineno:
@@ -504,6 +541,11 @@ CONFIG = f"{MOE}/config.py"
 OUTPUT = "vllm/v1/engine/output_processor.py"
 ENGINES = "vllm/v1/engine/utils.py"
 SERVE = "vllm/entrypoints/cli/serve.py"
+MULTIPROC = "vllm/v1/executor/multiproc_executor.py"
+RAY = "vllm/ray/ray_env.py"
+RAY_PREFIXES = "DEFAULT_ENV_VAR_PREFIXES"
+RAY_V1 = "vllm/v1/executor/ray_executor.py"
+RAY_V2 = "vllm/v1/executor/ray_executor_v2.py"
 SCHEDULED = "vllm/v1/core/sched/output.py"
 STATS = "vllm/v1/metrics/stats.py"
 CONTEXT = "vllm/forward_context.py"
@@ -512,7 +554,6 @@ COMPILATION = "vllm/config/compilation.py"
 CHECKS = (
     Check("plugin", "entry-point group vllm.general_plugins", _plugin_group),
     Check("plugin", "the modules that are patched on import", _modules),
-    Check("plugin", "variables for actors of Ray", _ray_copies),
     Check("plugin", "names of the servers of a DPSupervisor", _supervised),
     Check("versions", "vllm.__version__", _version),
     Check("runner_v1", "GPUModelRunner.load_model", takes(V1, "load_model", cls="GPUModelRunner")),
@@ -733,7 +774,20 @@ CHECKS = (
     Check("frontend", "attach_router is imported late and mounts /metrics", _late_import),
     Check("beside", "CoreEngineProcManager(local_engine_count, start_index, vllm_config, local_client)", _engines),
     Check("beside", "headless nodes start engines with local_client=False", _headless),
-    Check("beside", "RustFrontendProcessManager, after the engines, or no Rust front end", _rust_front_end),
+    Check("beside", "nodes with workers alone start them with monitor_workers=False", _workers),
+    Check("beside", "RustFrontendProcessManager, after the engines", _rust_front_end),
+    Check("actors", "names of variables that Ray's actors get", _ray_names),
+    Check(
+        "actors",
+        "the first Ray executor copies them",
+        _ray_copies(RAY_V1, "RayDistributedExecutor", "_init_workers_ray"),
+    ),
+    Check(
+        "actors",
+        "the manager of engines that are actors copies them",
+        _ray_copies(ENGINES, "CoreEngineActorManager", "__init__"),
+    ),
+    Check("actors", "the second Ray executor builds an environment", _ray_second),
 )
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import json
 import logging
+import multiprocessing
+import os
 import socket
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -37,10 +40,21 @@ class Vllm:
             ) -> None:
                 self.started = local_engine_count, start_index, vllm_config, local_client, more
 
-        self.rust, self.engines = RustFrontendProcessManager, CoreEngineProcManager
+        class CoreEngineActorManager:
+            def __init__(self) -> None:
+                self.environment = dict(os.environ)
+
+        class MultiprocExecutor:
+            def __init__(self, vllm_config: Any, monitor_workers: bool = True) -> None:
+                self.started = vllm_config, monitor_workers
+
+        self.rust, self.engines, self.actors = RustFrontendProcessManager, CoreEngineProcManager, CoreEngineActorManager
+        self.workers = MultiprocExecutor
+        engines = SimpleNamespace(CoreEngineProcManager=self.engines, CoreEngineActorManager=self.actors)
         for _ in range(2):  # vLLM may load plug-ins more than once
             beside.patch_utils(SimpleNamespace(RustFrontendProcessManager=self.rust))  # type: ignore[arg-type]
-            beside.patch_engines(SimpleNamespace(CoreEngineProcManager=self.engines))  # type: ignore[arg-type]
+            beside.patch_engines(engines)  # type: ignore[arg-type]
+            beside.patch_workers(SimpleNamespace(MultiprocExecutor=self.workers))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -59,7 +73,7 @@ def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_exit: list[Any], ca
     monkeypatch.setattr(beside, "_expected", ())
     monkeypatch.setenv("MOE_MONITOR_DIR", str(tmp_path / "run"))
     monkeypatch.setenv(SERVER_VARIABLE, "server-1")
-    monkeypatch.setattr(logging.getLogger("vllm.moe_monitor"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # as long as vLLM has not set up its own
     caplog.set_level(logging.INFO)
     return Vllm()
 
@@ -104,6 +118,31 @@ def test_on_a_headless_node_an_exporter_listens(vllm: Vllm, listen: str, caplog:
     assert "a headless node has no /metrics" in caplog.text
 
 
+def test_on_a_node_with_workers_alone_an_exporter_listens(vllm: Vllm, listen: str, caplog: Any) -> None:
+    assert vllm.workers(CONFIG).started == (CONFIG, True)
+    assert refused(listen), "an engine's own workers"
+    assert vllm.workers(CONFIG, monitor_workers=False).started == (CONFIG, False)
+    scrape(listen)
+    assert "a headless node has no /metrics" in caplog.text
+
+
+def test_servers_of_a_supervisor_listen_one_beside_the_other(
+    vllm: Vllm, listen: str, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, _, port = listen.rpartition(":")
+    current = multiprocessing.current_process()
+    name = current.name
+    try:
+        for rank in (0, 1):
+            current.name = f"APIServer_DPRank_{rank}"
+            monkeypatch.setattr(beside, "_done", False)
+            vllm.rust("vllm-rs", args=1)
+            scrape(f"{host}:{int(port) + rank}")
+    finally:
+        current.name = name
+    assert "cannot listen" not in caplog.text
+
+
 def test_nothing_outlives_the_process(vllm: Vllm, listen: str, at_exit: list[Any], tmp_path: Path) -> None:
     worker = FakeWorker(tmp_path / "run", "server-1.0", server="server-1")
     vllm.rust("vllm-rs", args=1)
@@ -145,10 +184,14 @@ def test_a_server_is_started_whatever_fails_here(
     assert vllm.rust("vllm-rs", args=1).started
     assert "ZeroDivisionError" in caplog.text
 
+    assert vllm.engines(1, 0, None, local_client=False).started  # no configuration
+    assert "AttributeError" in caplog.text
+
+    caplog.clear()
     monkeypatch.setattr(beside, "_done", False)
     monkeypatch.setenv("MOE_MONITOR_LISTEN", "nonsense")
-    assert vllm.engines(1, 0, None, local_client=False).started  # what else is odd: no configuration
-    assert "AttributeError" in caplog.text
+    assert vllm.rust("vllm-rs", args=1).started
+    assert caplog.text == "", "the worker says so"
 
 
 def test_a_front_end_that_cannot_start_fails_as_ever(vllm: Vllm, listen: str) -> None:
@@ -157,15 +200,15 @@ def test_a_front_end_that_cannot_start_fails_as_ever(vllm: Vllm, listen: str) ->
     assert refused(listen)
 
 
-def test_versions_without_it_and_with_another_form(vllm: Vllm) -> None:
-    beside.patch_utils(SimpleNamespace())  # type: ignore[arg-type]
-
+def test_versions_of_another_form_are_left_alone() -> None:
     class Other:
         def __init__(self, count: int) -> None: ...
 
     original = Other.__init__
     with pytest.raises(TypeError, match="CoreEngineProcManager takes self, count"):
         beside.patch_engines(SimpleNamespace(CoreEngineProcManager=Other))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="does not take monitor_workers"):
+        beside.patch_workers(SimpleNamespace(MultiprocExecutor=Other))  # type: ignore[arg-type]
     assert Other.__init__ is original
 
 
@@ -182,4 +225,8 @@ def test_requests_are_told_of_without_latencies(vllm: Vllm, listen: str, tmp_pat
             return samples if sum(counts.values()) == 2 else None
 
         samples = eventually(told, 10)
+        with Worker(tmp_path / "run", server="another", name="another.0") as other:
+            other.writer.write([tally("secret")])
+            with urllib.request.urlopen(f"http://{listen}/requests", timeout=10) as answer:
+                assert {request["id"] for request in json.load(answer)} == {"a", "b"}, "this server's"
     assert sum(select(samples, "moe_request_e2e_seconds_count").values()) == 0

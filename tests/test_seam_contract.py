@@ -198,7 +198,16 @@ MUTATIONS = [
     ("vllm/v1/engine/utils.py", "local_client: bool", "remote: bool", "CoreEngineProcManager(", "changed"),
     ("vllm/entrypoints/cli/serve.py", "local_client=False", "local_client=None", "headless nodes", "changed"),
     ("vllm/entrypoints/cli/serve.py", "launch_core_engines(", "launch(", "RustFrontendProcessManager", "changed"),
-    ("vllm/v1/utils.py", "class RustFrontendProcessManager", "class Rust", "RustFrontendProcessManager", "changed"),
+    ("vllm/v1/utils.py", "class RustFrontendProcessManager", "class Rust", "RustFrontendProcessManager", "missing"),
+    ("vllm/entrypoints/cli/serve.py", "monitor_workers=False", "watch=False", "workers alone", "changed"),
+    ("vllm/v1/executor/multiproc_executor.py", "monitor_workers: bool", "watch: bool", "workers alone", "changed"),
+    ("vllm/entrypoints/launchers/dp_supervisor.py", "APIServer_DPRank_", "Server_", "DPSupervisor", "changed"),
+    ("vllm/ray/ray_env.py", "DEFAULT_ENV_VAR_PREFIXES: set", "PREFIXES: set", "Ray's actors get", "missing"),
+    ("vllm/ray/ray_env.py", "prefixes = DEFAULT_ENV_VAR_PREFIXES", "prefixes = OTHERS", "Ray's actors get", "changed"),
+    ("vllm/v1/executor/ray_executor.py", "os.environ[name]", "os.getenv(name)", "first Ray executor", "changed"),
+    ("vllm/v1/engine/utils.py", "= get_env_vars_to_copy(", "= names(", "engines that are actors", "changed"),
+    ("vllm/v1/executor/ray_executor_v2.py", "self._build_runtime_env(", "self._env(", "second Ray executor", "changed"),
+    ("vllm/v1/executor/ray_executor_v2.py", '"env_vars"', '"variables"', "second Ray executor", "changed"),
 ]
 
 

@@ -29,12 +29,15 @@ ARGUMENTS = ["--enforce-eager", "--max-model-len", "512", "--no-enable-prefix-ca
 
 @contextlib.contextmanager
 def cluster(tmp: Path) -> Iterator[dict[str, str]]:
-    """Two devices on this machine. Knows nothing of the server's settings; what a server needs to find it."""
+    """Two devices on this machine; what a server needs to find it. It has been started by another server, with other
+    settings.
+    """
     port = free_port()
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port", str(port)]
     command += ["--num-gpus", "2", "--num-cpus", "4", "--include-dashboard", "false", "--disable-usage-stats"]
     own = {"MOE_TEST_RAY": "1", "RAY_AUTH_MODE": "disabled"}
-    env = {k: v for k, v in environment(tmp, **own).items() if not k.startswith("MOE_MONITOR_")}
+    other = {"_MOE_MONITOR_SERVER": "another", "MOE_MONITOR_SAMPLE_RATIO": "0"}
+    env = environment(tmp / "another", **own, **other)
     with (tmp / "ray.log").open("w") as file:
         ray = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
     try:

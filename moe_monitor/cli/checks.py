@@ -32,8 +32,8 @@ CAPTURES = {
 
 #: An engine whose numbers are not where they are looked for.
 BEHIND_RUST = (
-    "vLLM's Rust front end answers this server's own /metrics, without any of it: scrape the address of the server's "
-    "MOE_MONITOR_LISTEN, or `moe-monitor export`"
+    "if vLLM's Rust front end answers this server's /metrics (VLLM_USE_RUST_FRONTEND is set there), none of it is in "
+    "that: scrape the address of the server's MOE_MONITOR_LISTEN, or `moe-monitor export`"
 )
 
 

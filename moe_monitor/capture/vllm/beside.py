@@ -1,4 +1,5 @@
-"""Seam: servers whose ``/metrics`` no Python answers (``vllm.v1.utils``, ``vllm.v1.engine.utils``).
+"""Seam: servers whose ``/metrics`` no Python answers (``vllm.v1.utils``, ``vllm.v1.engine.utils``, and the executor of
+workers on several nodes).
 
 vLLM's Rust front end is a program of its own, and a headless node has no front end. Engines and workers run Python all
 the same, and publish their boards. So does the process that starts them, which has nothing to do while they run: there
@@ -18,12 +19,15 @@ from typing import Any
 
 from moe_monitor import settings
 from moe_monitor.board import remove_boards_of
+from moe_monitor.capture.vllm import actors
 from moe_monitor.capture.vllm.identity import served_name
-from moe_monitor.capture.vllm.plugin import SERVER_VARIABLE
+from moe_monitor.capture.vllm.plugin import SERVER_VARIABLE, supervised
 
 logger = logging.getLogger("vllm.moe_monitor")
 
 _SENTINEL = "_moe_monitor"
+
+_HEADLESS = "a headless node has no /metrics"
 
 #: The engines that this process has started, as vLLM's own metrics name them.
 _expected: tuple[tuple[str, str], ...] = ()
@@ -32,9 +36,7 @@ _done = False
 
 def patch_utils(module: ModuleType) -> None:
     """Hook for ``vllm.v1.utils``: learn that the Rust front end is started."""
-    cls = getattr(module, "RustFrontendProcessManager", None)
-    if cls is not None:  # not every version has it
-        _after_init(cls, lambda _: _serve("vLLM's Rust front end answers /metrics"))
+    _after_init(module.RustFrontendProcessManager, lambda _: _serve("vLLM's Rust front end answers /metrics"))
 
 
 def patch_engines(module: ModuleType) -> None:
@@ -49,7 +51,21 @@ def patch_engines(module: ModuleType) -> None:
         first, name = int(arguments["start_index"]), served_name(arguments["vllm_config"])
         _expected = tuple((name, str(first + i)) for i in range(int(arguments["local_engine_count"])))
         if not arguments["local_client"]:
-            _serve("a headless node has no /metrics")
+            _serve(_HEADLESS)
+
+    _after_init(cls, started)
+    actors.patch_manager(module)
+
+
+def patch_workers(module: ModuleType) -> None:
+    """Hook for ``vllm.v1.executor.multiproc_executor``: learn that a node has workers of an engine on another."""
+    cls = module.MultiprocExecutor
+    if "monitor_workers" not in inspect.signature(cls.__init__).parameters:
+        raise TypeError("MultiprocExecutor does not take monitor_workers")
+
+    def started(arguments: dict[str, Any]) -> None:
+        if not arguments.get("monitor_workers", True):  # such a node watches them in its main thread
+            _serve(_HEADLESS)
 
     _after_init(cls, started)
 
@@ -97,10 +113,11 @@ def _serve(why: str) -> None:
     from moe_monitor.export.frontend import FrontEnd
     from moe_monitor.export.requests import FleetLoad
 
-    collector = MoeCollector(configured.dir, server=server, max_series=configured.max_series, logger=logger)
+    collector = MoeCollector(configured.dir, server=server, max_series=None, logger=logger)
     collector.expected = _expected
+    host, port = configured.listen
     try:
-        exporter = Exporter(collector, *configured.listen)
+        exporter = Exporter(collector, host, port + (supervised() or 0))
     except ExporterError as error:
         logger.warning("moe-monitor: %s, and its metrics are served nowhere: %s (MOE_MONITOR_LISTEN)", why, error)
         return

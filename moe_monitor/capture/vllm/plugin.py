@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 #: Not a setting, hence without the settings' prefix.
 SERVER_VARIABLE = "_MOE_MONITOR_SERVER"
 
-#: vLLM's variable: beginnings of the names of variables that actors of Ray are to have, too.
-RAY_VARIABLE = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+#: The same for actors of Ray, which inherit nothing: set while they are being started.
+ACTORS_VARIABLE = "_MOE_MONITOR_SERVER_OF_ACTORS"
 
 #: Module that vLLM imports -> our function (in this package) that patches it.
 SEAMS = {
@@ -36,7 +36,14 @@ SEAMS = {
     "vllm.entrypoints.serve.instrumentator.metrics": ("frontend", "patch_metrics"),
     "vllm.v1.utils": ("beside", "patch_utils"),
     "vllm.v1.engine.utils": ("beside", "patch_engines"),
+    "vllm.v1.executor.multiproc_executor": ("beside", "patch_workers"),
+    "vllm.ray.ray_env": ("actors", "patch_names"),
+    "vllm.v1.executor.ray_executor": ("actors", "patch_first"),
+    "vllm.v1.executor.ray_executor_v2": ("actors", "patch_second"),
 }
+
+#: How vLLM's supervisor names its servers, before the rank.
+SUPERVISED = "APIServer_DPRank_"
 
 _armed = False
 
@@ -61,37 +68,37 @@ def register() -> None:
 def _arm() -> None:
     from moe_monitor.capture.vllm.imports import when_imported
 
-    if not _is_of_the_server_before() or SERVER_VARIABLE not in os.environ:
-        os.environ[SERVER_VARIABLE] = f"{os.getpid()}-{os.urandom(4).hex()}"
-    _let_ray_pass_on(SERVER_VARIABLE, "MOE_MONITOR_")
+    told = os.environ.pop(ACTORS_VARIABLE, "") if _is_actor() else ""
+    if told or not _is_child() or SERVER_VARIABLE not in os.environ:
+        os.environ[SERVER_VARIABLE] = told or f"{os.getpid()}-{os.urandom(4).hex()}"
     for module, (file, function) in SEAMS.items():
         when_imported(module, _patcher(file, function))
 
 
-#: How vLLM's supervisor names the servers that it starts, one a data-parallel rank, each with a port and an engine.
-SUPERVISED = "APIServer_DPRank_"
-
-
-def _is_of_the_server_before() -> bool:
-    """Whether multiprocessing or Ray started this process for a server that has armed before. Either is loaded in every
-    process that it starts.
+def _is_child() -> bool:
+    """Whether multiprocessing started this process for a server that has armed before. It is loaded in every process
+    that it starts.
     """
-    processes = sys.modules.get("multiprocessing.process")
-    if processes is not None and processes.parent_process() is not None:
-        # (Behind Rust front ends there are no API servers to tell apart: the exporter of the first shows all engines.)
-        rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "").strip() not in ("", "0")
-        return rust or not processes.current_process().name.startswith(SUPERVISED)
+    parent = getattr(sys.modules.get("multiprocessing.process"), "parent_process", None)
+    return parent is not None and parent() is not None and supervised() is None
+
+
+def supervised() -> int | None:
+    """The data-parallel rank of this process where it is one of the servers that vLLM's supervisor starts: each has a
+    port and an engine of its own.
+    """
+    current = getattr(sys.modules.get("multiprocessing.process"), "current_process", None)
+    _, named, rank = ("" if current is None else current().name).partition(SUPERVISED)
+    return int(rank) if named and rank.isdigit() else None
+
+
+def _is_actor() -> bool:
+    """Whether this process is an actor of Ray's, which is loaded in every such process."""
     ray = sys.modules.get("ray")
     try:
         return ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
     except Exception:  # another version of Ray, or one that is being imported
         return False
-
-
-def _let_ray_pass_on(*prefixes: str) -> None:
-    """Actors of Ray do not inherit the environment. vLLM passes on what begins as this variable of its own says."""
-    known = [name.strip() for name in os.environ.get(RAY_VARIABLE, "").split(",") if name.strip()]
-    os.environ[RAY_VARIABLE] = ",".join(dict.fromkeys([*known, *prefixes]))
 
 
 def _patcher(file: str, function: str) -> Hook:

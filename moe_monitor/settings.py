@@ -151,8 +151,8 @@ KNOBS: tuple[Knob, ...] = (
         "",
         "HOST:PORT, such as 127.0.0.1:9101, or :9101 for all addresses",
         "Where an exporter listens in the process that starts a server whose own /metrics cannot carry the monitor's: "
-        "behind vLLM's Rust front end, and on headless nodes. Default: nowhere, and the log says so. Servers of "
-        "--data-parallel-multi-port-external-lb add their data-parallel rank to the port. Without effect on others.",
+        "behind vLLM's Rust front end, where servers of --data-parallel-multi-port-external-lb add their data-parallel "
+        "rank to the port, and on headless nodes. Default: nowhere, and the log says so. Without effect on others.",
         _address_or_none,
     ),
     Knob(

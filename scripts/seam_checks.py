@@ -224,8 +224,17 @@ def _ray_copies(path: str, cls: str, method: str) -> Test:
         if path == RAY_V1 and not sources.has(path):
             return "there is none"
         node = sources.function(path, method, cls)
-        if not _calls(node, "get_env_vars_to_copy") or "os.environ[name]" not in ast.unparse(node):
+        text = ast.unparse(node)
+        if not _calls(node, "get_env_vars_to_copy") or "os.environ[name]" not in text:
             raise Changed(f"{cls}.{method} does not copy what get_env_vars_to_copy names", path, node.lineno)
+        if path == RAY_V1:  # workers load plug-ins when they are made, and must have the variables by then
+            first, then = (
+                text.find(f"self.collective_rpc('{name}'") for name in ("update_environment_variables", "init_worker")
+            )
+            if not 0 <= first < then or not _calls(
+                sources.function(BASE, "init_worker", "WorkerWrapperBase"), "load_general_plugins"
+            ):
+                raise Changed("variables do not come before workers are made", path, node.lineno)
         return f"{path}:{node.lineno}"
 
     return test
@@ -237,8 +246,8 @@ def _ray_second(sources: Sources) -> str:
     if "'env_vars'" not in ast.unparse(node):
         raise Changed("_build_runtime_env has no env_vars", RAY_V2, node.lineno)
     start = sources.function(RAY_V2, "_init_executor", "RayExecutorV2")
-    if not _calls(start, "self._build_runtime_env"):
-        raise Changed("_init_executor does not call _build_runtime_env", RAY_V2, start.lineno)
+    if not _calls(start, "self._build_runtime_env") or "runtime_env=runtime_env" not in ast.unparse(start):
+        raise Changed("_init_executor does not start actors with what _build_runtime_env returns", RAY_V2, start.lineno)
     return f"{RAY_V2}:{node.lineno}"
 
 
@@ -542,6 +551,7 @@ OUTPUT = "vllm/v1/engine/output_processor.py"
 ENGINES = "vllm/v1/engine/utils.py"
 SERVE = "vllm/entrypoints/cli/serve.py"
 MULTIPROC = "vllm/v1/executor/multiproc_executor.py"
+BASE = "vllm/v1/worker/worker_base.py"
 RAY = "vllm/ray/ray_env.py"
 RAY_PREFIXES = "DEFAULT_ENV_VAR_PREFIXES"
 RAY_V1 = "vllm/v1/executor/ray_executor.py"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
-from pathlib import Path
-from types import SimpleNamespace
+import sys
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,8 @@ class Vllm:
 
     def __init__(self) -> None:
         class RayDistributedExecutor:
-            def _init_workers_ray(self, group: int, **more: Any) -> dict[str, str]:
+            def _init_workers_ray(self, group: int, then: Callable[[], None] = lambda: None) -> dict[str, str]:
+                then()
                 if group < 0:
                     raise ValueError(group)
                 return dict(os.environ)
@@ -32,7 +35,7 @@ class Vllm:
             user: dict[str, Any] = {}  # noqa: RUF012
 
             def _build_runtime_env(self) -> dict[str, Any]:
-                return {**self.user}
+                return copy.deepcopy(self.user)
 
         self.first, self.manager, self.second = RayDistributedExecutor, CoreEngineActorManager, RayExecutorV2
         for _ in range(2):
@@ -42,23 +45,31 @@ class Vllm:
 
 
 @pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Vllm:
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Vllm:
+    for name in [name for name in os.environ if "MOE_MONITOR_" in name]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv(SERVER_VARIABLE, "server-1")
     monkeypatch.setenv("MOE_MONITOR_SAMPLE_RATIO", "0.5")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.delenv("MOE_MONITOR_DIR", raising=False)
-    monkeypatch.delenv(ACTORS_VARIABLE, raising=False)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # as long as vLLM has not set up its own
     return Vllm()
+
+
+@pytest.fixture(autouse=True)
+def ray(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """The environments that a daemon was started with."""
+    started: list[dict[str, str]] = []
+    module: Any = ModuleType("ray")
+    module.is_initialized = lambda: bool(started)
+    module.init = lambda: started.append(dict(os.environ))
+    monkeypatch.setitem(sys.modules, "ray", module)
+    return started
 
 
 def ours(environment: dict[str, str]) -> dict[str, str]:
     return {k: v for k, v in environment.items() if "MOE_MONITOR_" in k and k != SERVER_VARIABLE}
 
 
-def expected(tmp_path: Path) -> dict[str, str]:
-    told = {ACTORS_VARIABLE: "server-1", "MOE_MONITOR_SAMPLE_RATIO": "0.5"}
-    return told | {"MOE_MONITOR_DIR": str(tmp_path / "moe-monitor")}
+TOLD = {ACTORS_VARIABLE: "server-1", "MOE_MONITOR_SAMPLE_RATIO": "0.5"}
 
 
 def test_names_are_added_to_vllms_own() -> None:
@@ -67,27 +78,32 @@ def test_names_are_added_to_vllms_own() -> None:
     assert sorted(module.DEFAULT_ENV_VAR_PREFIXES) == ["MOE_MONITOR_", "VLLM_", ACTORS_VARIABLE]
 
 
-def test_the_environment_has_it_while_actors_are_started(vllm: Vllm, tmp_path: Path) -> None:
+def test_the_environment_has_it_while_actors_are_started(vllm: Vllm, monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(os.environ)
-    assert ours(vllm.first()._init_workers_ray(1)) == expected(tmp_path)
-    assert ours(vllm.manager("x").environment) == expected(tmp_path)
+    assert ours(vllm.first()._init_workers_ray(1)) == TOLD
+    assert ours(vllm.manager("x").environment) == TOLD
     with pytest.raises(ValueError, match="-1"):
         vllm.first()._init_workers_ray(-1)
     assert dict(os.environ) == before
+    with pytest.raises(ValueError, match="-2"):
+        vllm.first()._init_workers_ray(-2, then=lambda: monkeypatch.delenv(SERVER_VARIABLE))
+    assert dict(os.environ) == {k: v for k, v in before.items() if k != SERVER_VARIABLE}
 
 
-def test_their_own_environment_has_it_and_what_the_user_says_comes_first(vllm: Vllm, tmp_path: Path) -> None:
-    assert vllm.second()._build_runtime_env() == {"env_vars": expected(tmp_path)}
+def test_a_daemon_that_is_started_on_the_way_does_not_get_it(vllm: Vllm, ray: list[dict[str, str]]) -> None:
+    for _ in range(2):
+        vllm.manager("x")
+    (environment,) = ray
+    assert ACTORS_VARIABLE not in environment
+
+
+def test_their_own_environment_has_it_and_what_the_user_says_comes_first(vllm: Vllm) -> None:
+    assert vllm.second()._build_runtime_env() == {"env_vars": TOLD}
     vllm.second.user = {"pip": ["x"], "env_vars": {"MOE_MONITOR_SAMPLE_RATIO": "1", "MINE": "2"}}
     told = vllm.second()._build_runtime_env()
-    assert told["pip"] == ["x"]
-    assert told["env_vars"] == expected(tmp_path) | {"MOE_MONITOR_SAMPLE_RATIO": "1", "MINE": "2"}
-
-
-def test_bad_settings_are_told_as_they_are(vllm: Vllm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOE_MONITOR_SAMPLE_RATIO", "much")
-    told = vllm.second()._build_runtime_env()["env_vars"]
-    assert told == {ACTORS_VARIABLE: "server-1", "MOE_MONITOR_SAMPLE_RATIO": "much"}
+    assert told == {"pip": ["x"], "env_vars": TOLD | {"MOE_MONITOR_SAMPLE_RATIO": "1", "MINE": "2"}}
+    vllm.second.user = {"env_vars": {ACTORS_VARIABLE: "of-an-actor-that-has-started-this"}}
+    assert vllm.second()._build_runtime_env()["env_vars"] == TOLD
 
 
 def test_actors_are_started_whatever_fails_here(

@@ -80,11 +80,18 @@ def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_exit: list[Any], ca
 
 @pytest.fixture
 def listen(monkeypatch: pytest.MonkeyPatch) -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    monkeypatch.setenv("MOE_MONITOR_LISTEN", address)
-    return address
+    """An address whose port is free, and the one after it."""
+    while True:
+        with socket.socket() as free, socket.socket() as after:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+            try:
+                after.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+        address = f"127.0.0.1:{port}"
+        monkeypatch.setenv("MOE_MONITOR_LISTEN", address)
+        return address
 
 
 def scrape(address: str) -> Any:

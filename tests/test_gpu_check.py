@@ -91,13 +91,17 @@ def test_runs_are_judged_by_what_they_told_and_none_outlives_it(
 ) -> None:
     good = next(line for line in OUTPUT.splitlines() if line.startswith("RESULT "))
     child = tmp_path / "child"
-    pid = f"{sys.executable} -c 'import os, time; print(os.getpid(), flush=True); time.sleep(600)' > {child}"
-    hangs = f"import subprocess; subprocess.run({pid!r}, shell=True)"
+    other = tmp_path / "other"
+    lasts = f"{sys.executable} -c 'import os, signal, time; signal.signal(15, signal.SIG_IGN); "
+    lasts += "print(os.getpid(), flush=True); time.sleep(600)'"
+    hangs = f"import subprocess; subprocess.run({f'{lasts} > {child}'!r}, shell=True)"
+    left = f"{lasts} > {other} & while [ ! -s {other} ]; do sleep 0.1; done"
     commands = {
         "good": f"print({good!r})",
         "silent": "print('CUDA error: out of memory'); raise SystemExit(3)",
         "told-then-failed": f"print({good!r}); raise SystemExit(1)",
         "hangs": hangs,
+        "leaves-a-child": f"import subprocess; subprocess.run({left!r}, shell=True)",
     }
     runs = {name: check.Run(["-c", code], check.of_counts, "RESULT") for name, code in commands.items()}
     monkeypatch.setattr(check, "RUNS", runs)
@@ -110,11 +114,18 @@ def test_runs_are_judged_by_what_they_told_and_none_outlives_it(
     assert time.monotonic() - began < 60
     lines = capsys.readouterr().out.splitlines()
     verdicts = {line.split()[2]: line.split()[3] for line in lines if line.split()[1:2] == ["s"]}
-    assert verdicts == {"good": "right", "silent": "WRONG", "told-then-failed": "WRONG", "hangs": "WRONG"}
+    assert verdicts == {
+        "good": "right",
+        "silent": "WRONG",
+        "told-then-failed": "WRONG",
+        "hangs": "WRONG",
+        "leaves-a-child": "WRONG",
+    }
     assert any("ended with 3, told nothing; at last: CUDA error: out of memory" in line for line in lines)
-    assert lines[-1] == "3 of 4 wrong"
+    assert lines[-1] == "4 of 5 wrong"
     assert (tmp_path / "kept" / "good.txt").read_text().startswith("RESULT")
-    eventually(lambda: ended(int(child.read_text())), 10)
+    for file in (child, other):
+        eventually(lambda file=file: ended(int(file.read_text())), 10)
 
 
 def ended(pid: int) -> bool:

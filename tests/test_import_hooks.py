@@ -257,6 +257,7 @@ def test_actors_of_ray_belong_to_the_server_that_started_them(process):
 def test_vllms_compile_cache_does_not_notice_the_plugin():
     """What is compiled with and without it on GPUs is the same, and a cache in a container's image stays of use."""
     code = """
+import os
 import vllm.envs
 before = vllm.envs.compile_factors()
 import moe_monitor.capture.vllm.plugin as plugin
@@ -264,8 +265,22 @@ plugin.register()
 import vllm.ray.ray_env
 assert plugin.ACTORS_VARIABLE in vllm.ray.ray_env.DEFAULT_ENV_VAR_PREFIXES
 assert vllm.envs.compile_factors() == before and len(before) > 50
+os.environ |= {plugin.SERVER_VARIABLE: "a", plugin.ACTORS_VARIABLE: "b", "MOE_MONITOR_LISTEN": ":9101"}
+assert vllm.envs.compile_factors() == before
 """
     pytest.importorskip("vllm")
     env = {k: v for k, v in os.environ.items() if not k.startswith("_MOE_MONITOR_")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_switched_off_it_only_lets_actors_of_ray_know():
+    code = """
+import moe_monitor.capture.vllm.plugin as plugin
+plugin.register()
+import moe_monitor.capture.vllm.imports as imports
+print(*imports._finder.hooks)
+"""
+    env = os.environ | {"MOE_MONITOR_ENABLED": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["vllm.ray.ray_env"]

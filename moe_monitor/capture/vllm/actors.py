@@ -1,17 +1,16 @@
 """Seam: actors of Ray (``vllm.ray.ray_env``, both Ray executors, the manager of data-parallel engines under Ray).
 
-An actor has the environment of Ray's daemon, and what vLLM passes on of its own. The daemon may have been started by
-another server of ours. So which server an actor belongs to is told in a variable that exists only while actors are
-being started, and that only actors look at (``plugin.py``).
+An actor has the environment of Ray's daemon, and what vLLM passes on. The daemon may have been started by another
+server of ours. So which server an actor belongs to is told in a variable that exists only while actors are being
+started, and that only actors look at (``plugin.py``).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -37,7 +36,7 @@ def patch_first(module: ModuleType) -> None:
 
 def patch_manager(module: ModuleType) -> None:
     """``vllm.v1.engine.utils``: data-parallel engines that are actors get them as well."""
-    _while_told(module.CoreEngineActorManager, "__init__")
+    _while_told(module.CoreEngineActorManager, "__init__", before=_start_ray)
 
 
 def patch_second(module: ModuleType) -> None:
@@ -54,51 +53,48 @@ def patch_second(module: ModuleType) -> None:
         made = original(self, *args, **kwargs)
         try:
             variables = made.setdefault("env_vars", {})
-            for name, value in _told().items():
-                variables.setdefault(name, value)  # what the user has said for actors comes first
+            for name, value in os.environ.items():
+                if name.startswith(settings.PREFIX):
+                    variables.setdefault(name, value)  # what the user has said for actors comes first
+            variables[ACTORS_VARIABLE] = os.environ[SERVER_VARIABLE]
         except Exception as error:
-            logger.warning("moe-monitor: Ray's actors do not know their server: %r", error)
+            _say(error)
         return made
 
     setattr(build, _SENTINEL, original)
     cls._build_runtime_env = build
 
 
-def _told() -> dict[str, str]:
-    """Settings, the directory in full, since its default depends on where one is, and the server."""
-    told = {name: value for name, value in os.environ.items() if name.startswith(settings.PREFIX)}
-    with contextlib.suppress(settings.SettingsError):  # the worker says so
-        told[f"{settings.PREFIX}DIR"] = str(settings.load().dir)
-    return told | {ACTORS_VARIABLE: os.environ[SERVER_VARIABLE]}
+def _start_ray() -> None:
+    """As the manager does where nobody has: a daemon that it starts must not get the variable, for it would pass it on
+    to the actors of others.
+    """
+    import ray  # type: ignore[import-not-found, unused-ignore]
+
+    if not ray.is_initialized():
+        ray.init()
 
 
-@contextlib.contextmanager
-def _telling() -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(_told())
-    try:
-        yield
-    finally:
-        for name in _told():
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                os.environ.pop(name, None)
-
-
-def _while_told(cls: Any, method: str) -> None:
+def _while_told(cls: Any, method: str, before: Callable[[], None] = lambda: None) -> None:
     original = getattr(cls, method)
     if hasattr(original, _SENTINEL):
         return
 
     @functools.wraps(original)
     def start(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(_telling())
-            except Exception as error:
-                logger.warning("moe-monitor: Ray's actors do not know their server: %r", error)
+        try:
+            before()
+            os.environ[ACTORS_VARIABLE] = os.environ[SERVER_VARIABLE]
+        except Exception as error:
+            _say(error)
+        try:
             return original(self, *args, **kwargs)
+        finally:
+            os.environ.pop(ACTORS_VARIABLE, None)
 
     setattr(start, _SENTINEL, original)
     setattr(cls, method, start)
+
+
+def _say(error: Exception) -> None:
+    logger.warning("moe-monitor: Ray's actors do not know their server: %r", error)

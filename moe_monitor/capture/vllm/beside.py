@@ -54,7 +54,10 @@ def patch_engines(module: ModuleType) -> None:
             _serve(_HEADLESS)
 
     _after_init(cls, started)
-    actors.patch_manager(module)
+    try:  # a matter of its own, though of the same module
+        actors.patch_manager(module)
+    except Exception as error:
+        logger.warning("moe-monitor: engines that are Ray's actors will not know their server: %r", error)
 
 
 def patch_workers(module: ModuleType) -> None:

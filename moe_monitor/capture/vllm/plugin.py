@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 #: Not a setting, hence without the settings' prefix.
 SERVER_VARIABLE = "_MOE_MONITOR_SERVER"
 
-#: The same for actors of Ray, which inherit nothing: set while they are being started.
+#: The same for actors of Ray, which have its daemon's environment instead: set while they are being started.
 ACTORS_VARIABLE = "_MOE_MONITOR_SERVER_OF_ACTORS"
+
+#: Where vLLM keeps the names of variables that it passes on to actors.
+RAY_NAMES = "vllm.ray.ray_env"
 
 #: Module that vLLM imports -> our function (in this package) that patches it.
 SEAMS = {
@@ -37,7 +40,7 @@ SEAMS = {
     "vllm.v1.utils": ("beside", "patch_utils"),
     "vllm.v1.engine.utils": ("beside", "patch_engines"),
     "vllm.v1.executor.multiproc_executor": ("beside", "patch_workers"),
-    "vllm.ray.ray_env": ("actors", "patch_names"),
+    RAY_NAMES: ("actors", "patch_names"),
     "vllm.v1.executor.ray_executor": ("actors", "patch_first"),
     "vllm.v1.executor.ray_executor_v2": ("actors", "patch_second"),
 }
@@ -54,10 +57,12 @@ def register() -> None:
     if _armed:
         return
     _armed = True
-    if os.environ.get("MOE_MONITOR_ENABLED", "").strip().lower() in ("0", "false", "no", "off"):
-        return  # vLLM stays untouched
+    off = os.environ.get("MOE_MONITOR_ENABLED", "").strip().lower() in ("0", "false", "no", "off")
     try:
-        _arm()
+        if off:  # vLLM stays untouched, but for what tells actors of Ray that it is to
+            _arm_for(RAY_NAMES)
+        else:
+            _arm()
     except Exception as error:
         import logging
 
@@ -66,18 +71,22 @@ def register() -> None:
 
 
 def _arm() -> None:
-    from moe_monitor.capture.vllm.imports import when_imported
-
     told = os.environ.pop(ACTORS_VARIABLE, "") if _is_actor() else ""
     if told or not _is_child() or SERVER_VARIABLE not in os.environ:
         os.environ[SERVER_VARIABLE] = told or f"{os.getpid()}-{os.urandom(4).hex()}"
-    for module, (file, function) in SEAMS.items():
-        when_imported(module, _patcher(file, function))
+    _arm_for(*SEAMS)
+
+
+def _arm_for(*modules: str) -> None:
+    from moe_monitor.capture.vllm.imports import when_imported
+
+    for module in modules:
+        when_imported(module, _patcher(*SEAMS[module]))
 
 
 def _is_child() -> bool:
-    """Whether multiprocessing started this process for a server that has armed before. It is loaded in every process
-    that it starts.
+    """Whether multiprocessing, which then is loaded, started this process for a server that has armed before. The
+    servers of a supervisor are children, too, but not its own.
     """
     parent = getattr(sys.modules.get("multiprocessing.process"), "parent_process", None)
     return parent is not None and parent() is not None and supervised() is None

@@ -276,11 +276,20 @@ assert vllm.envs.compile_factors() == before
 
 def test_switched_off_it_only_lets_actors_of_ray_know():
     code = """
+import sys, types
+if len(sys.argv) > 1:
+    sys.modules["vllm.ray.ray_env"] = env = types.ModuleType("vllm.ray.ray_env")
+    env.DEFAULT_ENV_VAR_PREFIXES = {"VLLM_"} if sys.argv[1] == "set" else ("VLLM_",)
 import moe_monitor.capture.vllm.plugin as plugin
+before = list(sys.meta_path)
 plugin.register()
-import moe_monitor.capture.vllm.imports as imports
-print(*imports._finder.hooks)
+assert sys.meta_path == before
+assert not [name for name in sys.modules if name.startswith("moe_monitor.capture.vllm.") and name != plugin.__name__]
+if len(sys.argv) > 1:
+    print(*sorted(env.DEFAULT_ENV_VAR_PREFIXES))
 """
     env = os.environ | {"MOE_MONITOR_ENABLED": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.split() == ["vllm.ray.ray_env"]
+    for argument, told in ((), ""), (("set",), "MOE_MONITOR_ENABLED VLLM_"), (("another form",), "VLLM_"):
+        command = [sys.executable, "-c", code, *argument]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout.strip() == told

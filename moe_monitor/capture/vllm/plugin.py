@@ -57,12 +57,14 @@ def register() -> None:
     if _armed:
         return
     _armed = True
-    off = os.environ.get("MOE_MONITOR_ENABLED", "").strip().lower() in ("0", "false", "no", "off")
+    if os.environ.get("MOE_MONITOR_ENABLED", "").strip().lower() in ("0", "false", "no", "off"):
+        # vLLM stays untouched, but for its list of what actors of Ray get, which are to be switched off, too.
+        names = getattr(sys.modules.get(RAY_NAMES), "DEFAULT_ENV_VAR_PREFIXES", None)
+        if isinstance(names, set):
+            names.add("MOE_MONITOR_ENABLED")
+        return
     try:
-        if off:  # vLLM stays untouched, but for what tells actors of Ray that it is to
-            _arm_for(RAY_NAMES)
-        else:
-            _arm()
+        _arm()
     except Exception as error:
         import logging
 
@@ -71,17 +73,13 @@ def register() -> None:
 
 
 def _arm() -> None:
+    from moe_monitor.capture.vllm.imports import when_imported
+
     told = os.environ.pop(ACTORS_VARIABLE, "") if _is_actor() else ""
     if told or not _is_child() or SERVER_VARIABLE not in os.environ:
         os.environ[SERVER_VARIABLE] = told or f"{os.getpid()}-{os.urandom(4).hex()}"
-    _arm_for(*SEAMS)
-
-
-def _arm_for(*modules: str) -> None:
-    from moe_monitor.capture.vllm.imports import when_imported
-
-    for module in modules:
-        when_imported(module, _patcher(*SEAMS[module]))
+    for module, (file, function) in SEAMS.items():
+        when_imported(module, _patcher(file, function))
 
 
 def _is_child() -> bool:

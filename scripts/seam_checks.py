@@ -705,12 +705,12 @@ CHECKS = (
     Check("identity", "ModelConfig.served_model_name", has("vllm/config/model.py", "ModelConfig", "served_model_name")),
     Check("op", "additional_config enters the compile-cache key", _additional_config),
     Check(
-        "attach",
+        "hooks",
         "CompilationConfig fields",
         has(COMPILATION, "CompilationConfig", "cudagraph_mode", "cudagraph_capture_sizes"),
     ),
     Check(
-        "attach",
+        "hooks",
         "SchedulerOutput of requests",
         has(
             SCHEDULED,
@@ -722,7 +722,7 @@ CHECKS = (
         ),
     ),
     Check(
-        "attach",
+        "hooks",
         "NewRequestData fields",
         has(
             SCHEDULED,

@@ -237,7 +237,7 @@ def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() 
     capture = Capture.__new__(Capture)
     capture.fuse, capture.meter, capture.timing = Fuse(logging.getLogger("test")), device.meter, None
     capture.replayed, capture.capturing, capture.tracer = None, None, None
-    capture._parallel = Parallel(0, 1, 0, 1)
+    capture.parallel = Parallel(0, 1, 0, 1)
     device.warm_up(32)
     device.meter.before_capture(rows=40, most=16)
     device.capture("a", 16)
@@ -299,7 +299,7 @@ def test_a_router_that_fails_the_monitor_switches_it_off_and_nothing_else() -> N
     device = Device()
     capture = Capture.__new__(Capture)
     capture.fuse, capture.meter, capture.timing = Fuse(logging.getLogger("test")), device.meter, None
-    capture.capturing, capture._parallel = None, Parallel(0, 1, 0, 1)
+    capture.capturing, capture.parallel = None, Parallel(0, 1, 0, 1)
     logits, ids = device.decide(4)
     capture.observe_cuda(0, logits[0], ids[0])  # a warm-up pass
     device.meter.begin_pass(4)
@@ -312,12 +312,11 @@ def test_a_router_that_fails_the_monitor_switches_it_off_and_nothing_else() -> N
 
 def test_a_piecewise_graph_is_named_where_somebody_asks(monkeypatch) -> None:
     from moe_monitor.capture.fuse import Fuse
-    from moe_monitor.capture.vllm import attach
+    from moe_monitor.capture.vllm import hooks
 
     asked = []
-    monkeypatch.setattr(attach, "graph_key", lambda: asked.append(True) or "key")
-    capture = attach.Capture.__new__(attach.Capture)
-    capture.fuse, capture.timing, capture.replayed = Fuse(logging.getLogger("test")), None, None
+    monkeypatch.setattr(hooks, "graph_key", lambda: asked.append(True) or "key")
+    capture = hooks.Hooks(Fuse(logging.getLogger("test")))
     capture.meter = CudaMeter(range(LAYERS), EXPERTS, TOP_K, "softmax", memory_limit=1 << 20)
     for all_sealed, timing, named in [
         (True, None, False),

@@ -1,27 +1,23 @@
-"""Attaching to a loaded model: which layers route, what they look like, whose rank counts them, and the hooks."""
+"""Attaching to a loaded model: which layers route, what they look like, and whose rank counts them."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Hashable
-from contextlib import suppress
 from typing import Any
 
 import torch
 
 import moe_monitor
-from moe_monitor.capture.clock import ROUTE_END
 from moe_monitor.capture.cuda import CudaMeter
 from moe_monitor.capture.device_clock import TWINS_MIB
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.meter import Meter
 from moe_monitor.capture.publisher import Publisher, Reading
-from moe_monitor.capture.requests import New, Tracer
-from moe_monitor.capture.retained import Retained
+from moe_monitor.capture.requests import Tracer
 from moe_monitor.capture.tallies import DeviceTallies, HostTallies, slot_bytes
 from moe_monitor.capture.vllm import op
-from moe_monitor.capture.vllm.context import NotLive, graph_key, parallel_of
+from moe_monitor.capture.vllm.context import parallel_of
+from moe_monitor.capture.vllm.hooks import Hooks
 from moe_monitor.capture.vllm.identity import board_name, process_identity
 from moe_monitor.capture.vllm.latency import Timing, work_of
 from moe_monitor.capture.vllm.layers import (
@@ -39,39 +35,14 @@ from moe_monitor.settings import Settings
 logger = logging.getLogger("vllm.moe_monitor")
 
 
-def _extra_args(request: Any) -> Any:
-    return None if request.sampling_params is None else request.sampling_params.extra_args
-
-
-def _new(request: Any) -> New:
-    prompt = request.prompt_token_ids
-    length = len(request.prompt_embeds) if prompt is None else len(prompt)
-    return New(request.req_id, length, request.num_computed_tokens, _extra_args(request))
-
-
-class Capture:
+class Capture(Hooks):
     """The monitor of one worker: fuse, meter, timing and publisher, and the hooks that feed them."""
 
-    #: What the model runner last told of its requests' first rows, and the same as what is quicker to look into.
-    _told: Any = None
-    _starts: memoryview | None = None
-
     def __init__(self, model_runner: Any, settings: Settings) -> None:
-        self.fuse = Fuse(logger)
-        self.meter: Meter | CudaMeter | None = None
-        #: Sampled passes' durations; None where nothing is timed.
-        self.timing: Timing | None = None
+        super().__init__(Fuse(logger))
         self.publisher: Publisher | None = None
         #: Whether this rank publishes counts: of ranks that route the same tokens alike only the first does.
         self.counts = False
-        #: Which requests are traced; None where none are.
-        self.tracer: Tracer | None = None
-        #: Whether the model runner is trying itself out with requests that nobody sent.
-        self.warming_up = False
-        #: Key of the graph under capture, where the model runner knows it and the forward context does not.
-        self.capturing: Hashable | None = None
-        #: Key of the graph that was replayed in this pass, likewise.
-        self.replayed: Hashable | None = None
         self._wrapping = Wrapping()
         self._settings = settings
         try:
@@ -102,14 +73,14 @@ class Capture:
             raise NothingToMonitor(f"its MoE layers differ from each other: {sorted(map(str, facts))}")
         (common,) = facts
         indices = [index for index, _ in layers]
-        self._parallel = parallel_of(model_runner.vllm_config)
+        self.parallel = parallel_of(model_runner.vllm_config)
         self.fuse.status.active = True
         self.fuse.status.reason = ""
         identity = {"layers": indices, **common.__dict__}
         placement = placement_of(layers[0][1])
         if placement is not None:
             identity["ep"] = placement
-        self.counts = not self._parallel.tp_rank or bool(layers[0][1].moe_config.is_sequence_parallel)
+        self.counts = not self.parallel.tp_rank or bool(layers[0][1].moe_config.is_sequence_parallel)
         if self._settings.latency_every:
             work = work_of(layers[0][1], common, placement)
             self.timing = Timing(self, layers, self._settings.latency_every, work, common.experts)
@@ -219,209 +190,6 @@ class Capture:
         assert self.meter is not None
         rows = self.meter.read_rows()
         return Reading(rows, int(self.meter.layout.column(rows, "passes").max()))
-
-    # hooks on the serving path: the first line of each is the way out
-
-    def observe(self, layer: int, logits: torch.Tensor, ids: torch.Tensor) -> None:
-        """A router has decided, on a CPU; called in every pass, real or not."""
-        if self.fuse.blown:
-            return
-        timing = self.timing
-        if timing is not None:
-            timing.host_point(layer, ROUTE_END)
-        if not isinstance(self.meter, Meter) or self.meter.valid == 0:
-            return
-        with self.fuse.guard("record"):
-            if timing is None:
-                self.meter.observe(layer, logits, ids)
-            else:
-                with timing.left_out():
-                    self.meter.observe(layer, logits, ids)
-
-    def observe_cuda(self, layer: int, logits: torch.Tensor, ids: torch.Tensor) -> None:
-        """A router has decided, on CUDA; called while a graph is captured and in passes without a graph."""
-        meter = self.meter
-        if self.fuse.blown or not isinstance(meter, CudaMeter):
-            return
-        if meter.valid:  # no graph is captured in a real pass, and asking takes its time
-            start = time.perf_counter()
-            try:
-                if meter.collects_quickly(layer, logits, ids):
-                    self.fuse.status.hook_seconds += time.perf_counter() - start
-                    return
-            except Exception as error:
-                self.fuse.blow("record", error)
-                return
-            with self.fuse.guard("record"):
-                if layer == 0:
-                    graph_key()  # for what it refuses
-                meter.collect(layer, logits, ids, self._parallel.span(logits.shape[0]))
-            return
-        with self.fuse.guard("record", serving=False):
-            key = None
-            if meter.capturing:
-                key = graph_key()
-                key = self.capturing if key is None else key
-            elif layer == 0:
-                graph_key()
-            meter.observe(layer, logits, ids, key, self._parallel.span(logits.shape[0]))
-
-    def begin_step(self, scheduled: Any) -> None:
-        """The scheduler has decided on a step, with or without a pass; ``scheduled`` is its output."""
-        if self.fuse.blown:
-            return
-        if self.timing is not None:
-            self.timing.scheduled = scheduled.num_scheduled_tokens
-        tracer = self.tracer
-        if tracer is None:
-            return
-        try:  # most requests are not traced, and the guard would take longer than to see that
-            fresh, finished = scheduled.scheduled_new_reqs, scheduled.finished_req_ids
-            preempted, traced = scheduled.preempted_req_ids, []
-            if fresh:
-                start = time.perf_counter()
-                traced = [request for request in fresh if tracer.concerns(request.req_id, _extra_args(request))]
-                self.fuse.status.hook_seconds += time.perf_counter() - start
-            if not traced:
-                some = tracer.live and (preempted or tracer.traces_any(finished) or (fresh and tracer.misses_some()))
-                if not some:
-                    return
-        except Exception as error:
-            self.fuse.blow("requests", error)
-            return
-        with self.fuse.guard("requests"):
-            tracer.step([*map(_new, traced)], preempted or (), finished, scheduled.num_scheduled_tokens)
-
-    def trace_rows(
-        self, batch: Any, tokens: int | None, scheduled: Any, total: int, computed: str, starts: Any
-    ) -> None:
-        """Whose the rows of the coming pass are. ``batch`` is the model runner's, of ``tokens`` rows (None: it says so
-        itself), ``scheduled`` were tokens by request id, ``total`` in all; ``computed`` names the batch's array of
-        first positions, ``starts`` are its requests' first rows, if it tells them, or a buffer of vLLM's that holds
-        them. A V1 batch knows its requests' places.
-        """
-        tracer = self.tracer
-        if self.fuse.blown or tracer is None or not tracer.live:
-            return
-        with self.fuse.guard("requests"):
-            rows = int(batch.num_tokens) if tokens is None else tokens
-            index = getattr(batch, "req_id_to_index", None)
-            told = getattr(starts, "np", starts)
-            if told is not self._told:
-                self._told, self._starts = told, None if told is None else memoryview(told)
-            positions = getattr(batch, computed)
-            tracer.rows(batch.req_ids, rows, scheduled, positions, total=total, index=index, starts=self._starts)
-
-    def begin_pass(self, tokens: int) -> None:
-        """A real pass of ``tokens`` tokens is about to run."""
-        timing = self.timing
-        if self.fuse.blown:
-            if timing is not None:
-                timing.dummy()
-            return
-        self.replayed = None
-        meter = self.meter
-        if isinstance(meter, CudaMeter) and meter.clean:  # in most passes; the guard alone would take longer
-            meter.counted, meter.valid = None, tokens
-        elif meter is not None:
-            with self.fuse.guard("record"):
-                meter.begin_pass(tokens)
-        if timing is not None:
-            timing.begin(tokens)
-
-    def note_graph(self) -> None:
-        """A piecewise graph is about to be replayed or captured within this forward context."""
-        meter, timing = self.meter, self.timing
-        nobody_asks = isinstance(meter, CudaMeter) and meter.graphs.all_sealed and not (timing and timing.sampling)
-        if self.fuse.blown or nobody_asks:
-            return
-        with self.fuse.guard("record"):
-            self.replayed = graph_key()
-
-    def begin_dummy(self) -> None:
-        """A warm-up, profiling or idle pass is about to run: nothing in it may be counted."""
-        if self.timing is not None:
-            self.timing.dummy()
-        if self.fuse.blown or self.meter is None:
-            return
-        with self.fuse.guard("record", serving=False):
-            self.meter.begin_dummy()
-
-    def end_pass(self, tokens: int) -> None:
-        """The real pass has run; ``tokens`` as in :meth:`begin_pass`, or fewer if the model runner dropped some."""
-        if self.fuse.blown:
-            return
-        timing, meter = self.timing, self.meter
-        clock = None if timing is None else timing.clock
-        timed = clock is not None and clock.sampling
-        if isinstance(meter, CudaMeter) and meter.clean and meter.counted is not None and not timed:
-            start = time.perf_counter()
-            if meter.valid == tokens:  # the graph has counted them
-                meter.valid = 0
-                meter.passes += 1
-                self.fuse.status.hook_seconds += time.perf_counter() - start
-                return
-        if timing is not None:
-            timing.stop()
-        key: Hashable | None = None
-        with self.fuse.guard("record"):
-            complete = True
-            if isinstance(meter, Meter):
-                complete = meter.end_pass()
-            else:
-                if meter is None or timed or not (meter.counted or meter.collecting):
-                    key = graph_key() if self.replayed is None else self.replayed
-                if meter is not None:
-                    complete = meter.end_pass(key, tokens)
-            if not complete:
-                raise NotLive("capture is not live: a pass ended in which not every MoE layer was seen")
-        if timing is not None:
-            timing.end(key)
-
-    def before_replay(self, graph: Retained) -> None:
-        """A graph that counts by itself is about to be replayed."""
-        meter = self.meter
-        if self.fuse.blown or not isinstance(meter, CudaMeter):
-            return
-        start = time.perf_counter()
-        try:
-            if meter.posts_quickly(graph):
-                self.fuse.status.hook_seconds += time.perf_counter() - start
-                return
-        except Exception as error:
-            self.fuse.blow("record", error)
-            return
-        with self.fuse.guard("record"):
-            meter.before_replay(graph)
-
-    def batch_is(self, batch: Any) -> None:
-        """The coming pass has this batch's tokens: the model runner may have dropped some that were scheduled."""
-        meter = self.meter
-        if self.fuse.blown or not isinstance(meter, CudaMeter):
-            return
-        start = time.perf_counter()
-        with suppress(Exception):  # met again below
-            if batch.num_tokens == meter.valid:
-                self.fuse.status.hook_seconds += time.perf_counter() - start
-                return
-        with self.fuse.guard("record"):
-            meter.set_valid(int(batch.num_tokens))
-
-    def before_capture(self, config: Any) -> None:
-        """vLLM is about to capture CUDA graphs; ``config`` is its compilation config."""
-        if self.fuse.blown or not isinstance(self.meter, CudaMeter):
-            return
-        with self.fuse.guard("record", serving=False):
-            mode = config.cudagraph_mode
-            kinds = 2 if mode.separate_routine() else 1  # decode graphs beside mixed ones
-            sizes = config.cudagraph_capture_sizes or (0,)
-            self.meter.before_capture(kinds * sum(sizes), max(sizes))
-            self.fuse.status.capture = self.meter.capture
-            self.fuse.status.reason = self.meter.fallback
-            if self.meter.fallback:
-                logger.info(
-                    "moe-monitor counts inside the CUDA graphs and traces no requests, because %s", self.meter.fallback
-                )
 
     def close(self) -> None:
         self.detach()

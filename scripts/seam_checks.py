@@ -240,6 +240,15 @@ def _ray_copies(path: str, cls: str, method: str) -> Test:
     return test
 
 
+def _ray_init(sources: Sources) -> str:
+    """It starts Ray as ``actors._start_ray`` does in its place: without arguments, unless somebody has."""
+    node = sources.function(ENGINES, "__init__", "CoreEngineActorManager")
+    text = ast.unparse(node)
+    if "ray.is_initialized()" not in text or "ray.init()" not in text:
+        raise Changed("CoreEngineActorManager does not start Ray by ray.init()", ENGINES, node.lineno)
+    return f"{ENGINES}:{node.lineno}"
+
+
 def _ray_second(sources: Sources) -> str:
     """Its workers' processes start with the environment that ``_build_runtime_env`` returns."""
     node = sources.function(RAY_V2, "_build_runtime_env", "RayExecutorV2")
@@ -797,6 +806,7 @@ CHECKS = (
         "the manager of engines that are actors copies them",
         _ray_copies(ENGINES, "CoreEngineActorManager", "__init__"),
     ),
+    Check("actors", "their manager starts Ray without arguments", _ray_init),
     Check("actors", "the second Ray executor builds an environment", _ray_second),
 )
 

@@ -209,6 +209,7 @@ MUTATIONS = [
     ("vllm/v1/worker/worker_base.py", "load_general_plugins()", "load()", "first Ray executor", "changed"),
     ("vllm/v1/executor/ray_executor_v2.py", "runtime_env=runtime_env", "env=runtime_env", "second Ray", "changed"),
     ("vllm/v1/engine/utils.py", "= get_env_vars_to_copy(", "= names(", "engines that are actors", "changed"),
+    ("vllm/v1/engine/utils.py", "ray.init()", "ray.init(address=None)", "starts Ray", "changed"),
     ("vllm/v1/executor/ray_executor_v2.py", "self._build_runtime_env(", "self._env(", "second Ray executor", "changed"),
     ("vllm/v1/executor/ray_executor_v2.py", '"env_vars"', '"variables"', "second Ray executor", "changed"),
 ]

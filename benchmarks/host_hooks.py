@@ -77,7 +77,7 @@ class KeepsUp(Mailbox):
     """Of a device that has begun with all that was posted."""
 
     def fetch(self) -> None:
-        self._begun[0] = self._posted
+        self.begun[0] = self.posted
 
 
 def launcher(meter: CudaMeter, tallies: DeviceTallies) -> Launcher:
@@ -133,7 +133,8 @@ def capture_of(ratio: float, descriptors: list[BatchDescriptor], way: str) -> Ca
     capture.meter = meter = CudaMeter(
         range(LAYERS), EXPERTS, TOP_K, "softmax", memory_limit=64 << 20, tallies=tallies, is_capturing=lambda: False
     )
-    meter._device, meter._pinned, meter._stream = torch.device("cpu"), False, None
+    meter._device, meter._pinned = torch.device("cpu"), False
+    meter._stream = object()  # as after the first pass on a GPU
     meter._rows = torch.zeros((LAYERS, meter.layout.width), dtype=torch.int64)
     meter._launcher = launcher(meter, tallies)
     meter.graphs.mailbox = KeepsUp(torch.device("cpu"), 1 << 15, LAYERS, NoSender())  # type: ignore[arg-type]

@@ -23,10 +23,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from moe_monitor.capture import kernels  # noqa: E402 - needs torch
+from moe_monitor.capture import kernels, quick  # noqa: E402 - needs torch
 from moe_monitor.capture.ahead import compile_beside  # noqa: E402
 from moe_monitor.capture.control import Control  # noqa: E402
 from moe_monitor.capture.cuda import CudaMeter  # noqa: E402
+from moe_monitor.capture.fuse import Fuse  # noqa: E402
 from moe_monitor.capture.mailbox import Mailbox  # noqa: E402
 from moe_monitor.capture.meter import accumulate  # noqa: E402
 from moe_monitor.capture.retained import Span  # noqa: E402
@@ -112,8 +113,10 @@ class Device:
 
     def run_graphs(self, key):
         for sealed, launched in self.sealed[key]:
-            if sealed is not None and not self.meter.posts_quickly(sealed):
-                self.meter.before_replay(sealed)
+            if sealed is not None:
+                fuse = Fuse(logging.getLogger("test"))
+                quick.before_replay(self.meter, sealed, fuse, self.meter.before_replay)()
+                assert not fuse.blown, fuse.status.reason
             for launch in launched:
                 launch()
 
@@ -226,44 +229,66 @@ def test_sealed_graphs_count_by_themselves() -> None:
     device.check()
 
 
+class Timed:
+    """Passes with these numbers are timed."""
+
+    clock, sampling, scheduled = None, False, {}
+
+    def __init__(self, *numbers):
+        self.numbers, self.passes, self.soonest, self.ended = list(numbers), 0, 0, 0
+
+    def begin(self, tokens):
+        self.passes += 1
+        self.sampling = self.passes in self.numbers
+        self.soonest = next(number for number in [*self.numbers, 99] if number > self.passes)
+
+    def stop(self):
+        assert self.sampling is (self.passes in self.numbers)
+
+    def end(self, key):
+        self.ended += self.sampling
+        self.sampling = False
+
+    def dummy(self):
+        assert not self.sampling
+
+
 @interpreted
 def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() -> None:
     pytest.importorskip("vllm")
-    from moe_monitor.capture.fuse import Fuse
-    from moe_monitor.capture.vllm.attach import Capture
     from moe_monitor.capture.vllm.context import Parallel
+    from moe_monitor.capture.vllm.hooks import Hooks
 
     device = TracingDevice()
-    capture = Capture.__new__(Capture)
-    capture.fuse, capture.meter, capture.timing = Fuse(logging.getLogger("test")), device.meter, None
-    capture.replayed, capture.capturing, capture.tracer = None, None, None
-    capture.parallel = Parallel(0, 1, 0, 1)
+    capture = Hooks(Fuse(logging.getLogger("test")))
+    capture.meter, capture.parallel = device.meter, Parallel(0, 1, 0, 1)
     device.warm_up(32)
     device.meter.before_capture(rows=40, most=16)
     device.capture("a", 16)
     device.capture("b", 8)
     device.meter._stream = object()  # as after the first pass on a GPU: passes may begin the short way
-    short = []
+    capture.timing = timing = Timed(8, 13)
+    hooks, short = capture.of_steps(), []
 
     @torch.inference_mode()
     def step(key, tokens, scheduled=None):
         logits, ids = device.memory[key] if key else device.decide(tokens)
         short.append(device.meter.clean)
-        capture.begin_pass(scheduled or tokens)
+        hooks.begin_pass(scheduled or tokens)
         if scheduled:
             capture.batch_is(SimpleNamespace(num_tokens=tokens))
         if key:
             for kept, fresh in zip(device.memory[key], device.decide(len(logits[0])), strict=True):
                 kept.copy_(fresh)
             for graph, launched in device.sealed[key]:
-                capture.before_replay(graph)
+                capture.of_replays(graph)()
                 for launch in launched:
                     launch()
         else:
             for layer in range(LAYERS):
                 capture.observe_cuda(layer, logits[layer], ids[layer])
         device.count(logits, ids, 0, tokens)
-        capture.end_pass(tokens)
+        hooks.end_pass(tokens)
 
     device.owners(0, -1, 2)
     for key, tokens in (("a", 3), ("a", 3), ("a", 3), (None, 3), ("a", 3), ("b", 3), ("b", 2), ("b", 2), (None, 1)):
@@ -273,16 +298,18 @@ def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() 
     device.owners(4, 5, -1)
     for key, tokens in (("b", 3), ("b", 3), ("a", 3)):
         step(key, tokens)
-    assert short == [False] + [True] * 11
+    # the first, and those that come after one that was timed: all that most passes do without may have been done
+    assert short == [False] + [True] * 7 + [False] + [True] * 3
     step("a", 3, scheduled=5)  # the model runner dropped two
     assert not capture.fuse.blown and device.meter.passes == 13
+    assert (timing.passes, timing.ended, timing.sampling) == (13, 2, False)
     device.meter._stream = None  # what follows reads as without a GPU
     device.check()
     device.check_requests([0, 1, 2])
     device.meter._stream = object()
-    capture.begin_pass(3)
-    capture.before_replay(device.sealed["b"][0][0])
-    capture.end_pass(2)
+    hooks.begin_pass(3)
+    capture.of_replays(device.sealed["b"][0][0])()
+    hooks.end_pass(2)
     assert capture.fuse.blown and "3 tokens were counted in a graph" in capture.fuse.status.reason
     capture.fuse = Fuse(logging.getLogger("test"))
     capture.batch_is("not what vLLM says it is")
@@ -292,14 +319,12 @@ def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() 
 @interpreted
 def test_a_router_that_fails_the_monitor_switches_it_off_and_nothing_else() -> None:
     pytest.importorskip("vllm")
-    from moe_monitor.capture.fuse import Fuse
-    from moe_monitor.capture.vllm.attach import Capture
     from moe_monitor.capture.vllm.context import Parallel
+    from moe_monitor.capture.vllm.hooks import Hooks
 
     device = Device()
-    capture = Capture.__new__(Capture)
-    capture.fuse, capture.meter, capture.timing = Fuse(logging.getLogger("test")), device.meter, None
-    capture.capturing, capture.parallel = None, Parallel(0, 1, 0, 1)
+    capture = Hooks(Fuse(logging.getLogger("test")))
+    capture.meter, capture.parallel = device.meter, Parallel(0, 1, 0, 1)
     logits, ids = device.decide(4)
     capture.observe_cuda(0, logits[0], ids[0])  # a warm-up pass
     device.meter.begin_pass(4)
@@ -311,7 +336,6 @@ def test_a_router_that_fails_the_monitor_switches_it_off_and_nothing_else() -> N
 
 
 def test_a_piecewise_graph_is_named_where_somebody_asks(monkeypatch) -> None:
-    from moe_monitor.capture.fuse import Fuse
     from moe_monitor.capture.vllm import hooks
 
     asked = []
@@ -447,6 +471,15 @@ def mailbox(rows=8):
     return Mailbox(torch.device("cpu"), rows, 4, None)
 
 
+def quickly(box, tokens, owners=None):
+    """Whether the short way posts that."""
+    meter = SimpleNamespace(valid=tokens, clean=True, counted=None, tallies=SimpleNamespace(owners=owners))
+    graph, fuse, others = SimpleNamespace(mailbox=box, whole=True), Fuse(logging.getLogger("test")), []
+    quick.before_replay(meter, graph, fuse, others.append)()
+    assert not fuse.blown and others == ([] if meter.counted is graph else [graph])
+    return not others
+
+
 @interpreted
 def test_a_launch_fetches_what_was_posted_for_it_however_far_the_host_is_ahead() -> None:
     box, seen, posted = mailbox(1100), [], []
@@ -454,9 +487,9 @@ def test_a_launch_fetches_what_was_posted_for_it_however_far_the_host_is_ahead()
     for turn in range(400):
         waiting = len(posted) - len(seen)
         if waiting < 30 and (not waiting or random.random() < 0.6):
-            start, skip, n = random.integers(0, 40), random.integers(0, 40), int(random.integers(0, 1000))
+            start, skip, n = random.integers(0, 40), random.integers(0, 40), int(random.integers(1, 1000))
             if random.random() < 0.3:
-                assert box.post_quickly(n, None)
+                assert quickly(box, n)
                 posted.append((n, None))
             elif random.random() < 0.2:
                 box.post(n)
@@ -464,14 +497,14 @@ def test_a_launch_fetches_what_was_posted_for_it_however_far_the_host_is_ahead()
             elif random.random() < 0.3:
                 # others come or go behind the traced ones
                 owners = Owners(n + 9, [(4, 5, turn), (7, 9, 3)])
-                assert not box.post_quickly(n + 10, owners)
+                assert not quickly(box, n + 10, owners)
                 if turn % 2:
-                    assert box.post_quickly(n, owners)
+                    assert quickly(box, n, owners)
                 else:
                     box.post(n, owners)
                 posted.append((n, (0, owners.codes())))
                 fewer = Owners(n + 3, owners.spans)
-                assert box.post_quickly(n + 1, fewer) and not box.post_quickly(n + 4, fewer)
+                assert quickly(box, n + 1, fewer) and not quickly(box, n + 4, fewer)
                 posted.append((n + 1, (0, fewer.codes())))
             else:
                 # before the shard, across its beginning, and far beyond its end; one row apart
@@ -486,7 +519,7 @@ def test_a_launch_fetches_what_was_posted_for_it_however_far_the_host_is_ahead()
             if of is not None:
                 assert box.owners[of[0] : of[0] + n].tolist() == of[1][:n].tolist()
             seen.append(n)
-    assert len(seen) > 150 and box._begun[0] == len(seen) + 1
+    assert len(seen) > 150 and box.begun[0] == len(seen) + 1
 
 
 @interpreted
@@ -495,7 +528,7 @@ def test_the_host_does_not_run_further_ahead_than_there_are_places(monkeypatch) 
     box = mailbox()
     for n in range(32):
         box.post(n % 8)
-    assert not box.post_quickly(3, None)
+    assert not quickly(box, 3)
     with pytest.raises(RuntimeError, match=r"32 replays of graphs were posted, and none has begun for 0\.05 s"):
         box.post(3)
     monkeypatch.setattr("moe_monitor.capture.mailbox._PATIENCE", 30.0)
@@ -514,7 +547,7 @@ def test_a_launch_that_was_not_posted_is_noticed_at_the_next_post() -> None:
     box.post(3)
     box.fetch()
     box.fetch()  # of whoever replays a graph behind the monitor's back
-    assert not box.post_quickly(3, None)
+    assert not quickly(box, 3)
     with pytest.raises(RuntimeError, match="1 replays of graphs were not posted"):
         box.post(3)
 

@@ -88,7 +88,7 @@ def test_a_failed_replay_of_a_graph_that_counts_switches_the_monitor_off() -> No
                 raise RuntimeError("out of memory")
 
     capture, graph, posted = SimpleNamespace(fuse=Fuse(logging.getLogger("test"))), Failing(), []
-    capture.before_replay = posted.append
+    capture.of_replays = lambda sealed: lambda: posted.append(sealed)
     _tell_before_replay(graph, capture, "sealed")
     graph.replay()
     assert posted == ["sealed"] and not capture.fuse.blown
@@ -123,7 +123,7 @@ def test_the_end_of_a_capture_closes_what_is_open_before_torchs_own(monkeypatch)
 
     meter.graphs.end_capture = end_capture
     capture = SimpleNamespace(fuse=Fuse(logging.getLogger("test")), timing=None, capturing=None, meter=meter)
-    capture.before_replay = order.append
+    capture.of_replays = lambda sealed: lambda: order.append(sealed)
     with graphs.capturing(capture):
         assert meter.graphs.sealing
         counted, plain = Cuda(), Cuda()

@@ -5,13 +5,17 @@ vLLM's own V2 runner needs Triton and a GPU; ``benchmarks/gpu/requests_exact.py`
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+pytest.importorskip("torch")
+
+from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.vllm import runner_v2
+from moe_monitor.capture.vllm.hooks import StepHooks
 from moe_monitor.capture.vllm.runners import SENTINEL
 
 
@@ -22,10 +26,14 @@ class Capture:
         self.warming_up = False
         self.said: list[Any] = []
         self.tracer = object()
-        self.fuse = SimpleNamespace(guard=lambda *_, **__: contextlib.nullcontext())
+        self.live = {"a": "a traced request"}
+        self.fuse = Fuse(logging.getLogger("test"))
 
     def begin_step(self, scheduled: Any) -> None:
         self.said.append("step")
+
+    def of_steps(self) -> StepHooks:
+        return StepHooks(self.live, self.begin_step, self.begin_pass, self.end_pass)
 
     def begin_pass(self, tokens: int) -> None:
         self.said.append(("pass", tokens))
@@ -49,16 +57,18 @@ class Runner:
     """As vLLM's: inputs are prepared for all passes but dummies; a pass leaves its batch behind."""
 
     execute_model_state: Any = None
+    state: Any = None
+    prepared: Any = "batch"
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None, dummy_run: bool = False) -> None:
         self.execute_model_state = None
         if scheduler_output.total_num_scheduled_tokens and not dummy_run:
             self.prepare_inputs(scheduler_output)
             tokens = scheduler_output.total_num_scheduled_tokens
-            self.execute_model_state = SimpleNamespace(input_batch=SimpleNamespace(num_tokens=tokens))
+            self.execute_model_state = self.state or SimpleNamespace(input_batch=SimpleNamespace(num_tokens=tokens))
 
-    def prepare_inputs(self, scheduler_output: Any) -> str:
-        return "batch"
+    def prepare_inputs(self, scheduler_output: Any) -> Any:
+        return self.prepared
 
 
 def output(**tokens: int) -> Any:
@@ -84,6 +94,21 @@ def said(runner: Any) -> list[Any]:
 def test_a_real_pass(runner: Any) -> None:
     runner.execute_model(output(a=3, b=1))
     assert said(runner) == ["step", ("pass", 4), ("batch", "batch"), ("rows", "batch"), ("end", 4)]
+
+
+def test_a_pass_as_it_was_scheduled_of_requests_that_nobody_traces(runner: Any) -> None:
+    getattr(runner, SENTINEL).live.clear()
+    runner.prepared = SimpleNamespace(num_tokens=4)
+    runner.execute_model(output(a=3, b=1))
+    assert said(runner) == ["step", ("pass", 4), ("end", 4)]
+
+
+def test_a_model_runner_that_keeps_its_batch_elsewhere_switches_the_monitor_off(runner: Any) -> None:
+    runner.state = SimpleNamespace(input_batch=None)
+    runner.execute_model(output(a=3))
+    fuse = getattr(runner, SENTINEL).fuse
+    assert fuse.blown and "num_tokens" in fuse.status.reason
+    assert ("end", 3) not in said(runner)
 
 
 def test_a_dummy_pass_is_not_counted(runner: Any) -> None:

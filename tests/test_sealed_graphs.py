@@ -7,6 +7,7 @@ The oracle adds up what each replay left behind, token by token, in torch. With 
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 
 import numpy as np
@@ -14,7 +15,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from moe_monitor.capture.cuda import CudaMeter  # noqa: E402 - needs torch
+from moe_monitor.capture import quick  # noqa: E402 - needs torch
+from moe_monitor.capture.cuda import CudaMeter  # noqa: E402
+from moe_monitor.capture.fuse import Fuse  # noqa: E402
 from moe_monitor.capture.kernels import Tallies, tally_reference  # noqa: E402
 from moe_monitor.capture.meter import accumulate  # noqa: E402
 from moe_monitor.capture.replays import watch  # noqa: E402
@@ -35,6 +38,7 @@ class Model:
         self.meter = CudaMeter(range(LAYERS), EXPERTS, TOP_K, "softmax", memory_limit=64 << 20, tallies=self.tallies)
         self.gates = torch.randn(LAYERS, HIDDEN, EXPERTS, device="cuda") / HIDDEN**0.5
         self.graphs, self.inputs, self.told = {}, {}, {}
+        self.fuse = Fuse(logging.getLogger("test"))
 
     def run(self, hidden, key):
         for layer in range(LAYERS):
@@ -51,7 +55,7 @@ class Model:
             self.run(self.inputs[rows], rows)
             self.told[rows] = sealed = self.meter.graphs.end_capture(rows)
         assert sealed is not None
-        watch(graph).before = lambda: self.meter.posts_quickly(sealed) or self.meter.before_replay(sealed)
+        watch(graph).before = quick.before_replay(self.meter, sealed, self.fuse, self.meter.before_replay)
         self.graphs[rows] = graph
 
 

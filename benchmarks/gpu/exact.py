@@ -140,7 +140,7 @@ def main() -> None:
         result["graphs"], result["sealed"] = len(graphs), sum(graph.sealed for graph in graphs)
         box = capture.meter.graphs.mailbox
         if box is not None:  # what was posted, and what the device has begun: the same, now that it has worked it off
-            result["posted"], result["begun"] = box._posted, box._begun[0]
+            result["posted"], result["begun"] = box.posted, box.begun[0]
         layout = capture.meter.layout
         result["tokens"] = int(layout.column(reading.rows, "tokens").max())
         result["retained_mib"] = round(capture.meter.graphs.retained_bytes / 2**20, 1)

@@ -105,11 +105,12 @@ class Steps:
 
 
 def replay_with_hooks(capture, key, replay, tokens: int) -> None:
+    hooks = capture.of_steps()
     capture.timing.scheduled = dict.fromkeys(range(tokens), 1)
-    capture.begin_pass(tokens)
+    hooks.begin_pass(tokens)
     replay()
     capture.replayed = key
-    capture.end_pass(tokens)
+    hooks.end_pass(tokens)
 
 
 #: What does not lie between the model's kernels: the monitor's are on a branch beside them.

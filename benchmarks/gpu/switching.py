@@ -29,8 +29,9 @@ def switch(worker: Any, mode: str) -> dict[str, Any]:
     capture = worker.model_runner._moe_monitor
     publisher, meter = capture.publisher, capture.meter
     if not hasattr(capture, "_switched"):
-        capture._switched = capture.tracer, publisher.publish, publisher.has_gathered
-    tracer, publish, has_gathered = capture._switched
+        capture._switched = capture.tracer._ratio, publisher.publish, publisher.has_gathered
+    ratio, publish, has_gathered = capture._switched
+    tracer = capture.tracer
     for name in list(tracer.live):  # their end comes with a step that is still to come
         tracer._end(name)
     meter.tallies.set_rows(None)
@@ -40,12 +41,12 @@ def switch(worker: Any, mode: str) -> dict[str, Any]:
         torch.cuda.synchronize()
         meter.clean = False
         mailbox = graphs.mailbox
-        for place in range(len(mailbox._words)):
-            mailbox._words[place] = 0  # launches that are not posted find no tokens
-        mailbox._posted = mailbox._begun[0]
+        for place in range(len(mailbox.words)):
+            mailbox.words[place] = 0  # launches that are not posted find no tokens
+        mailbox.posted = mailbox.begun[0]
     status = capture.fuse.status
     capture.fuse.blown = mode == "off"
-    capture.tracer = None if mode == "untraced" else tracer
+    tracer._ratio = 0.0 if mode == "untraced" else ratio
     working = mode not in ("off", "unpublished")
     publisher.publish = publish if working else lambda: None
     publisher.has_gathered = has_gathered if working else lambda now: False

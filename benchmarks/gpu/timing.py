@@ -112,29 +112,35 @@ class Decode:
                     prompt_embeds=None,
                 )
             )
+        self._hooks, self._output = capture.of_steps(), self._output_with()
+        graph = capture.meter.graphs.found.get(key)
+        self._before = capture.of_replays(graph) if graph is not None and graph.sealed else None
         if capture.tracer is not None:
-            self._begin_step(scheduled_new_reqs=new)
-        self.live = 0 if capture.tracer is None else capture.tracer.in_flight
+            self._hooks.begin_step(self._output_with(scheduled_new_reqs=new))
+        self.live = 0 if capture.tracer is None else len(capture.tracer.live)
 
-    def _begin_step(self, **changes: Any) -> None:
-        scheduled = {**self._none, **changes}
-        self._capture.begin_step(
-            SimpleNamespace(num_scheduled_tokens=self._scheduled, total_num_scheduled_tokens=self._tokens, **scheduled)
+    def _output_with(self, **changes: Any) -> SimpleNamespace:
+        """The scheduler's."""
+        return SimpleNamespace(
+            num_scheduled_tokens=self._scheduled, total_num_scheduled_tokens=self._tokens, **{**self._none, **changes}
         )
 
     def hooks(self, replay: Callable[[], None] | None) -> None:
         capture, tokens = self._capture, self._tokens
-        self._begin_step()
-        capture.begin_pass(tokens)
-        capture.trace_rows(self.batch, tokens, self._scheduled, tokens, "num_computed_tokens_cpu")
+        live, begin_step, begin_pass, end_pass = self._hooks
+        begin_step(self._output)
+        begin_pass(tokens)
+        if live:
+            capture.trace_rows(self.batch, tokens, self._scheduled, tokens, "num_computed_tokens_cpu", None)
         if replay is not None:
             replay()
-        elif (graph := capture.meter.graphs.found.get(self._key)) is not None and graph.sealed:
-            posted = graph.mailbox._posted
-            capture.before_replay(graph)
-            graph.mailbox._posted = posted  # no launch will fetch it
+        elif self._before is not None:
+            mailbox = capture.meter.graphs.mailbox
+            posted = mailbox.posted
+            self._before()
+            mailbox.posted = posted  # no launch will fetch it
         capture.replayed = self._key
-        capture.end_pass(tokens)
+        end_pass(tokens)
 
     def step(self) -> None:
         self.hooks(self._replay)
@@ -156,7 +162,7 @@ class Decode:
         tracer = self._capture.tracer
         if tracer is None:
             return
-        self._begin_step(finished_req_ids=set(self._ids))
+        self._hooks.begin_step(self._output_with(finished_req_ids=set(self._ids)))
         end = time.monotonic() + seconds
         while tracer.pending and time.monotonic() < end:
             time.sleep(0.02)

@@ -28,6 +28,8 @@ class Table:
         self._table = torch.zeros((addresses, 2), dtype=torch.int64, device=device)
         self._table_host = np.zeros((addresses, 2), dtype=np.int64)
         self._reserved = self._uploaded = 0
+        #: Whether something was reserved since.
+        self.unsent = False
 
     def has_room(self, n: int) -> bool:
         """Whether so many more pairs of addresses fit."""
@@ -38,19 +40,20 @@ class Table:
         of next. Sends nothing by itself: a graph is being captured.
         """
         first, self._reserved = self._reserved, self._reserved + len(pairs)
+        self.unsent = True
         self._table_host[first : self._reserved] = [(a.data_ptr(), b.data_ptr()) for a, b in pairs]
         return self._table[first : self._reserved]
 
     def _upload(self) -> None:
         """Before whatever a replay is told: what was reserved goes to the device, once."""
-        if self._uploaded < self._reserved:
+        if self.unsent:
             self._send_fresh()
 
     @torch.inference_mode(False)
     def _send_fresh(self) -> None:
         fresh = slice(self._uploaded, self._reserved)
         self._table[fresh] = torch.from_numpy(self._table_host[fresh]).to(self._table.device)
-        self._uploaded = self._reserved
+        self._uploaded, self.unsent = self._reserved, False
 
 
 class Control(Table):

@@ -89,7 +89,8 @@ class CudaMeter:
         self._is_capturing = is_capturing
         #: The sealed graph that was replayed in this pass.
         self.counted: Retained | None = None
-        #: Nothing is left of the pass before, so a pass begins with its number of tokens and no more.
+        #: Nothing is left of the pass before and nothing but a sealed graph was seen in this one, so the short ways of
+        #: :mod:`moe_monitor.capture.quick` will do.
         self.clean = False
 
     def compile_beside(self, device: torch.device, logits_dtype: torch.dtype, ids_dtype: torch.dtype) -> None:
@@ -184,18 +185,6 @@ class CudaMeter:
         if not self._together or not layer or layer != len(pending):
             return False
         pending[layer] = (logits, ids, _WHOLE)
-        return True
-
-    def posts_quickly(self, graph: Retained) -> bool:
-        """Whether next to nothing is to be said before a sealed graph is replayed; then :meth:`before_replay` is done.
-        Never waits: most passes have no other guard.
-        """
-        if not self.clean or not self.valid or self.counted is not None or not graph.whole:
-            return False
-        assert graph.mailbox is not None
-        if not graph.mailbox.post_quickly(self.valid, None if self.tallies is None else self.tallies.owners):
-            return False
-        self.counted = graph
         return True
 
     def before_replay(self, graph: Retained) -> None:

@@ -32,8 +32,8 @@ if triton is not None:
 
 #: Places for what is posted, and for whose the rows are: a power of two. Half of them may wait for their launch; what
 #: an earlier launch still reads is never overwritten.
-_PLACES = 64
-_AHEAD = _PLACES // 2
+PLACES = 64
+AHEAD = PLACES // 2
 #: A device that begins with nothing for so long, in seconds, will not.
 _PATIENCE = 5.0
 #: Rows that are fetched at a time, a power of two.
@@ -49,7 +49,8 @@ if triton is not None:
         head, owners_here,  # int32 [2] and [rows], what the counting kernel reads
         words, owners, begun,  # addresses in the host's memory: int64 [PLACES], int32 [PLACES, rows], int64 [1]
         rows,
-        # (a word is what _word makes)
+        # (a word is tokens | end << 24 | (place + 1) << 48: so many are real; whose rows up to the end are lies at
+        # that place of the owners; no more than tokens where nobody is traced)
         PLACES: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         launch = tl.atomic_add(launches, 1, sem="relaxed")
@@ -68,15 +69,10 @@ if triton is not None:
         tl.store(begun.to(tl.pointer_type(tl.int64)), launch + 1)
 
 
-def _word(tokens: int, end: int = 0, place: int = -1) -> int:
-    """``tokens`` are real; whose they are lies at ``place``, for rows up to ``end`` (-1: nobody is traced)."""
-    return tokens | end << 24 | (place + 1) << 48
-
-
 def compile_fetch() -> None:
     """Compile the kernel for the current CUDA device; launches nothing."""
     _fetch_kernel.warmup(
-        torch.int64, torch.int32, torch.int32, *(1 << 40,) * len(_ADDRESSES), 1, _PLACES, _BLOCK, grid=(1,)
+        torch.int64, torch.int32, torch.int32, *(1 << 40,) * len(_ADDRESSES), 1, PLACES, _BLOCK, grid=(1,)
     )
 
 
@@ -84,7 +80,8 @@ class Mailbox(Table):
     """The head, and whose the rows are, is fetched: for graphs that count by themselves. ``rows``: that a router sees,
     at most.
 
-    Raises DriverError where the device does not read the host's memory. Waits for the device.
+    Raises DriverError where the device does not read the host's memory. Waits for the device. Attributes without an
+    underscore are for :func:`moe_monitor.capture.quick.before_replay`, which posts most passes.
     """
 
     @torch.inference_mode(False)
@@ -95,26 +92,30 @@ class Mailbox(Table):
         self._fetched = torch.zeros(1, dtype=torch.int64, device=device)
         pinned = device.type == "cuda"
         self._memory = words, owners, begun = (
-            torch.zeros(_PLACES, dtype=torch.int64, pin_memory=pinned),
-            torch.full((_PLACES, rows), -1, dtype=torch.int32, pin_memory=pinned),
+            torch.zeros(PLACES, dtype=torch.int64, pin_memory=pinned),
+            torch.full((PLACES, rows), -1, dtype=torch.int32, pin_memory=pinned),
             torch.zeros(1, dtype=torch.int64, pin_memory=pinned),
         )
         if pinned and sender is None:
             raise DriverError("nothing tells by which address the device reads the host's memory")
         self._at_host = [tensor.data_ptr() if sender is None else sender.address_of(tensor) for tensor in self._memory]
         # (memoryviews: quicker to write to than arrays)
-        self._words, self._begun = words.numpy().data, begun.numpy().data
+        self.words, self.begun = words.numpy().data, begun.numpy().data
         self._rows = [row.data for row in owners.numpy()]
         self._nobody = np.full(rows, -1, np.int32).data
-        self._written = [0] * _PLACES  # up to which row
-        self._spans: Spans | None = None
-        self._start = self._skip = self._place = 0
+        self._written = [0] * PLACES  # up to which row
+        self._place = 0
+        self._attributed: tuple[Spans | None, int, int] = None, 0, 0
+        #: Of the owners told of last, if they are told of by the batch's own rows; and what says in a word where.
+        self.spans: Spans | None = None
+        self.told = 0
         #: The branch that is open in the graph under capture.
         self._branch: torch.cuda.Stream | None = None
         self._side = torch.cuda.Stream(device) if pinned else None
-        self._posted = 1
+        #: Launches that were posted, all in all: the next has this number.
+        self.posted = 1
         self.fetch()  # loads the kernel, and shows that it works
-        if (self.head.tolist(), self._begun[0]) != ([0, 0], 1):
+        if (self.head.tolist(), self.begun[0]) != ([0, 0], 1):
             raise DriverError("the device does not read the host's memory as it should")
 
     # the capture of a graph
@@ -122,7 +123,7 @@ class Mailbox(Table):
     def fetch(self) -> None:
         """Launch the kernel on the current stream."""
         arguments: tuple[Any, ...] = (self._fetched, self.head, self.owners, *self._at_host, self.rows)
-        _fetch_kernel[(1,)](*arguments, _PLACES, _BLOCK)
+        _fetch_kernel[(1,)](*arguments, PLACES, _BLOCK)
 
     @contextlib.contextmanager
     def branch(self) -> Iterator[None]:
@@ -155,48 +156,33 @@ class Mailbox(Table):
         if owners is not None:
             if skip + tokens > owners.rows:
                 raise ValueError(f"{owners.rows} rows are attributed to requests, the router saw {skip + tokens}")
-            if owners.spans is not self._spans or start != self._start or skip != self._skip:
-                self._attribute(owners, start, skip)
+            spans, *where = self._attributed
+            if owners.spans is not spans or where != [start, skip]:
+                self.attribute(owners, start, skip)
         self._wait()
-        word = tokens if owners is None else _word(tokens, start + tokens, self._place)
-        self._words[self._posted % _PLACES] = word
-        self._posted += 1
-
-    def post_quickly(self, tokens: int, owners: Owners | None) -> bool:
-        """:meth:`post` of rows that begin with the first, if there is a place. False, and nothing is posted, where
-        something is to be sent, waited for, or told. Never waits.
-        """
-        posted, word = self._posted, tokens
-        if self._uploaded < self._reserved or not 0 <= posted - self._begun[0] < _AHEAD:
-            return False
-        if owners is not None:
-            if tokens > owners.rows:
-                return False
-            if owners.spans is not self._spans or self._start or self._skip:
-                self._attribute(owners, 0, 0)
-            word = _word(tokens, tokens, self._place)
-        self._words[posted % _PLACES] = word
-        self._posted = posted + 1
-        return True
+        self.words[self.posted % PLACES] = tokens if owners is None else tokens | (start + tokens) << 24 | self.told
+        self.posted += 1
 
     def _wait(self) -> None:
         """Until there is a place. No server runs so far ahead; whoever does is not kept, for the device has work."""
         end = 0.0
-        while (waiting := self._posted - self._begun[0]) >= _AHEAD:
+        while (waiting := self.posted - self.begun[0]) >= AHEAD:
             end = end or time.monotonic() + _PATIENCE
             if time.monotonic() > end:
-                raise RuntimeError(f"{_AHEAD} replays of graphs were posted, and none has begun for {_PATIENCE:g} s")
+                raise RuntimeError(f"{AHEAD} replays of graphs were posted, and none has begun for {_PATIENCE:g} s")
             time.sleep(1e-4)
         if waiting < 0:
             raise RuntimeError(f"{-waiting} replays of graphs were not posted")
 
-    def _attribute(self, owners: Owners, start: int, skip: int) -> None:
+    def attribute(self, owners: Owners, start: int, skip: int) -> None:
+        """Write down whose the rows are of what is posted from now on; see :meth:`post`."""
         # No launch that has not begun means this place: since it was last written to, all others were, one a launch.
-        self._place = place = (self._place + 1) % _PLACES
+        self._place = place = (self._place + 1) % PLACES
         row, written, spans = self._rows[place], self._written[place], owners.spans
         row[:written] = self._nobody[:written]
         self._written[place] = min(self.rows, owners.rows + start - skip)
         if start or skip or owners.rows > self.rows:
             spans = moved(spans, start, skip, self.rows)
         mark(row, spans)
-        self._spans, self._start, self._skip = owners.spans, start, skip
+        self._attributed = owners.spans, start, skip
+        self.spans, self.told = None if start or skip else owners.spans, (place + 1) << 48

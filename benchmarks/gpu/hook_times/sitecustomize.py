@@ -2,6 +2,7 @@
 
 PYTHONPATH=benchmarks/gpu/hook_times HOOK_TIMES_DIR=/tmp/hook_times vllm serve ...   (or benchmarks/gpu/end_to_end.py)
 Every assignment of a hook is in it, unlike in ``moe_monitor_hook_seconds_total``, and some of the measuring itself.
+Short ways and general hooks are one.
 Kinds: "new" (a request's first pass), "next" (the one after it), "steady" (any other), with "bare" where no graph was
 replayed, and the number of requests in it. Passes that are timed layer by layer are apart ("timed"). Written after
 every 200 passes. Needs wrapt.
@@ -57,45 +58,53 @@ def _write() -> None:
         json.dump(result, file, indent=0)
 
 
-def _timed(cls: type, name: str) -> None:
-    original = getattr(cls, name)
-
-    def timed(self, *args, **kwargs):
+def _timed(original, name):
+    def timed(*args, **kwargs):
         start = clock()
         try:
-            return original(self, *args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             spent[name] += clock() - start
 
-    setattr(cls, name, timed)
+    return timed
 
 
 def _patch(module) -> None:
-    cls = module.Capture
-    for name in HOOKS:
-        _timed(cls, name)
-    begin_step, observe, end_pass = cls.begin_step, cls.observe_cuda, cls.end_pass
-
-    def begins(self, scheduled):
-        for name in HOOKS:
-            spent[name] = 0.0
-        state["before"], state["bare"] = state["kind"], False
-        new = bool(scheduled.scheduled_new_reqs)
-        state["kind"] = "new" if new else "next" if state["before"] == "new" else "steady"
-        state["requests"] = len(scheduled.num_scheduled_tokens)
-        begin_step(self, scheduled)
+    """The hooks that seams get for steps and replays call the others; of those, the ones that seams call themselves."""
+    cls = module.Hooks
+    for name in ("batch_is", "trace_rows", "note_graph", "observe_cuda"):
+        setattr(cls, name, _timed(getattr(cls, name), name))
+    observe, of_steps, of_replays = cls.observe_cuda, cls.of_steps, cls.of_replays
 
     def observed(self, *args):
         state["bare"] = True
         observe(self, *args)
 
-    def ends(self, tokens):
-        state["timed"] = self.timing is not None and self.timing.sampling
-        end_pass(self, tokens)
-        _end_of_pass()
+    def hooks_of_steps(self):
+        hooks = of_steps(self)
+        begin_step, begin_pass, end_pass = (
+            _timed(getattr(hooks, name), name) for name in ("begin_step", "begin_pass", "end_pass")
+        )
 
-    cls.begin_step, cls.observe_cuda, cls.end_pass = begins, observed, ends
+        def begins(scheduled):
+            for name in HOOKS:
+                spent[name] = 0.0
+            state["before"], state["bare"] = state["kind"], False
+            new = bool(scheduled.scheduled_new_reqs)
+            state["kind"] = "new" if new else "next" if state["before"] == "new" else "steady"
+            state["requests"] = len(scheduled.num_scheduled_tokens)
+            begin_step(scheduled)
+
+        def ends(tokens):
+            state["timed"] = self.timing is not None and self.timing.sampling
+            end_pass(tokens)
+            _end_of_pass()
+
+        return hooks._replace(begin_step=begins, begin_pass=begin_pass, end_pass=ends)
+
+    cls.observe_cuda, cls.of_steps = observed, hooks_of_steps
+    cls.of_replays = lambda self, graph: _timed(of_replays(self, graph), "before_replay")
 
 
 if os.environ.get("HOOK_TIMES_DIR"):
-    wrapt.register_post_import_hook(_patch, "moe_monitor.capture.vllm.attach")
+    wrapt.register_post_import_hook(_patch, "moe_monitor.capture.vllm.hooks")

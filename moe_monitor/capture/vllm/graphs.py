@@ -65,6 +65,6 @@ def capturing(capture: Capture) -> Iterator[None]:
 
 def _tell_before_replay(graph: Any, capture: Capture, sealed: Retained) -> None:
     watched = watch(graph)
-    watched.before = functools.partial(capture.before_replay, sealed)
+    watched.before = capture.of_replays(sealed)
     # the device would look for the next pass where this one was posted
     watched.failed = functools.partial(capture.fuse.blow, "record")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from moe_monitor.capture import quick
 from moe_monitor.capture.clock import ROUTE_END
 from moe_monitor.capture.cuda import CudaMeter
 from moe_monitor.capture.fuse import Fuse
@@ -32,6 +32,17 @@ def _new(request: Any) -> New:
     prompt = request.prompt_token_ids
     length = len(request.prompt_embeds) if prompt is None else len(prompt)
     return New(request.req_id, length, request.num_computed_tokens, _extra_args(request))
+
+
+class StepHooks(NamedTuple):
+    """See the methods of :class:`Hooks`. ``live``: the traced requests; while there are none, nobody asks whose rows
+    are whose.
+    """
+
+    live: Collection[str]
+    begin_step: Callable[[Any], None]
+    begin_pass: Callable[[int], None]
+    end_pass: Callable[[int], None]
 
 
 class Hooks:
@@ -57,6 +68,24 @@ class Hooks:
         self.capturing: Hashable | None = None
         #: Key of the graph that was replayed in this pass, likewise.
         self.replayed: Hashable | None = None
+
+    def of_steps(self) -> StepHooks:
+        """Those of each step, with the short ways of most passes before them where there are such."""
+        meter, timing = self.meter, self.timing or quick.Untimed()
+        live = {} if self.tracer is None else self.tracer.live
+        if not isinstance(meter, CudaMeter):
+            return StepHooks(live, self.begin_step, self.begin_pass, self.end_pass)
+        return StepHooks(
+            live,
+            quick.begin_step(live, timing, self.fuse, self.begin_step),
+            quick.begin_pass(meter, timing, self.fuse, self.begin_pass),
+            quick.end_pass(meter, self.end_pass),
+        )
+
+    def of_replays(self, graph: Retained) -> Callable[[], None]:
+        """For those of a sealed graph."""
+        assert isinstance(self.meter, CudaMeter)
+        return quick.before_replay(self.meter, graph, self.fuse, self.before_replay)
 
     def observe(self, layer: int, logits: torch.Tensor, ids: torch.Tensor) -> None:
         """A router has decided, on a CPU; called in every pass, real or not."""
@@ -157,22 +186,24 @@ class Hooks:
             return
         self.replayed = None
         meter = self.meter
-        if isinstance(meter, CudaMeter) and meter.clean:  # in most passes; the guard alone would take longer
-            meter.counted, meter.valid = None, tokens
-        elif meter is not None:
+        if meter is not None:
             with self.fuse.guard("record"):
                 meter.begin_pass(tokens)
         if timing is not None:
             timing.begin(tokens)
+            if timing.sampling and isinstance(meter, CudaMeter):
+                meter.clean = False
 
-    def note_graph(self) -> None:
-        """A piecewise graph is about to be replayed or captured within this forward context."""
+    def note_graph(self, key: Hashable | None = None) -> None:
+        """A graph is about to be replayed or captured; None: the one that the forward context names, in pieces."""
         meter, timing = self.meter, self.timing
         nobody_asks = isinstance(meter, CudaMeter) and meter.graphs.all_sealed and not (timing and timing.sampling)
         if self.fuse.blown or nobody_asks:
             return
         with self.fuse.guard("record"):
-            self.replayed = graph_key()
+            self.replayed = graph_key() if key is None else key
+            if isinstance(meter, CudaMeter):
+                meter.clean = False
 
     def begin_dummy(self) -> None:
         """A warm-up, profiling or idle pass is about to run: nothing in it may be counted."""
@@ -188,15 +219,7 @@ class Hooks:
         if self.fuse.blown:
             return
         timing, meter = self.timing, self.meter
-        clock = None if timing is None else timing.clock
-        timed = clock is not None and clock.sampling
-        if isinstance(meter, CudaMeter) and meter.clean and meter.counted is not None and not timed:
-            start = time.perf_counter()
-            if meter.valid == tokens:  # the graph has counted them
-                meter.valid = 0
-                meter.passes += 1
-                self.fuse.status.hook_seconds += time.perf_counter() - start
-                return
+        timed = timing is not None and timing.sampling
         if timing is not None:
             timing.stop()
         key: Hashable | None = None
@@ -208,7 +231,7 @@ class Hooks:
                 if meter is None or timed or not (meter.counted or meter.collecting):
                     key = graph_key() if self.replayed is None else self.replayed
                 if meter is not None:
-                    complete = meter.end_pass(key, tokens)
+                    complete = meter.end_pass(key, int(tokens))
             if not complete:
                 raise NotLive("capture is not live: a pass ended in which not every MoE layer was seen")
         if timing is not None:
@@ -219,27 +242,14 @@ class Hooks:
         meter = self.meter
         if self.fuse.blown or not isinstance(meter, CudaMeter):
             return
-        start = time.perf_counter()
-        try:
-            if meter.posts_quickly(graph):
-                self.fuse.status.hook_seconds += time.perf_counter() - start
-                return
-        except Exception as error:
-            self.fuse.blow("record", error)
-            return
         with self.fuse.guard("record"):
             meter.before_replay(graph)
 
     def batch_is(self, batch: Any) -> None:
-        """The coming pass has this batch's tokens: the model runner may have dropped some that were scheduled."""
+        """The coming pass has this batch's tokens: the model runner has dropped some that were scheduled."""
         meter = self.meter
         if self.fuse.blown or not isinstance(meter, CudaMeter):
             return
-        start = time.perf_counter()
-        with suppress(Exception):  # met again below
-            if batch.num_tokens == meter.valid:
-                self.fuse.status.hook_seconds += time.perf_counter() - start
-                return
         with self.fuse.guard("record"):
             meter.set_valid(int(batch.num_tokens))
 

@@ -22,6 +22,7 @@ from moe_monitor.capture.clock import ENTER, GATE_BEGIN, GATE_END, LEAVE, ROUTE_
 from moe_monitor.capture.device_clock import DeviceClock
 from moe_monitor.capture.driver import Driver
 from moe_monitor.capture.fuse import Guard
+from moe_monitor.capture.quick import Untimed
 from moe_monitor.capture.vllm import op
 from moe_monitor.latency import LatencyTable
 
@@ -56,8 +57,9 @@ class Timing:
         self.decode_tokens = 1
         #: Tokens by request of the step to come.
         self.scheduled: Mapping[str, int] = {}
-        self._passes = self._refusals = 0
-        self._soonest = 0  # the next pass that the clock is asked about
+        #: Passes that have begun, and the next one that the clock is asked about.
+        self.passes = self.soonest = 0
+        self._refusals = 0
         self._every, self._work, self._experts, self._count = every, work, experts, len(layers)
 
     def guard(self, *, serving: bool = True) -> Guard:
@@ -67,6 +69,7 @@ class Timing:
     def fail(self, error: Exception) -> None:
         """Switch timing off for good, and say so once."""
         clock, self.clock = self.clock, None
+        self.soonest = Untimed.soonest
         self._capture.fuse.count_error("latency")
         logger.warning("moe-monitor times no layers any more; everything else goes on. Cause: %r", error)
         if isinstance(clock, DeviceClock):
@@ -141,12 +144,12 @@ class Timing:
         clock = self.clock
         if clock is None:
             return
-        self._passes = passes = self._passes + 1
-        if passes < self._soonest:
+        self.passes = passes = self.passes + 1
+        if passes < self.soonest:
             return
         with self.guard():
             clock.begin(passes, tokens, lambda: kind_of(self.scheduled, self.decode_tokens), self._rows())
-            self._soonest = passes + 1 if clock.sampling else clock.soonest
+            self.soonest = passes + 1 if clock.sampling else clock.soonest
 
     @property
     def sampling(self) -> bool:

@@ -29,23 +29,25 @@ def patch_cpu(module: ModuleType) -> None:
 
 def _patch_steps(runner: Any, capture: Capture) -> None:
     execute_model, model_forward = runner.execute_model, runner._model_forward
+    live, begin_step, begin_pass, end_pass = capture.of_steps()
     scheduled, per_request = 0, {}
 
     @functools.wraps(execute_model)
     def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal scheduled, per_request
         scheduled, per_request = scheduler_output.total_num_scheduled_tokens, scheduler_output.num_scheduled_tokens
-        capture.begin_step(scheduler_output)
+        begin_step(scheduler_output)
         return execute_model(scheduler_output, *args, **kwargs)
 
     @functools.wraps(model_forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        capture.begin_pass(scheduled)
-        batch = getattr(runner, "input_batch", None)
-        starts = getattr(runner, "query_start_loc", None)
-        capture.trace_rows(batch, scheduled, per_request, scheduled, "num_computed_tokens_cpu", starts)
+        begin_pass(scheduled)
+        if live:
+            batch = getattr(runner, "input_batch", None)
+            starts = getattr(runner, "query_start_loc", None)
+            capture.trace_rows(batch, scheduled, per_request, scheduled, "num_computed_tokens_cpu", starts)
         result = model_forward(*args, **kwargs)
-        capture.end_pass(scheduled)
+        end_pass(scheduled)
         return result
 
     runner.execute_model = execute

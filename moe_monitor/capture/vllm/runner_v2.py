@@ -29,6 +29,9 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
     global _active
     _active = capture
     execute_model, prepare_inputs = runner.execute_model, getattr(runner, "prepare_inputs", None)
+    if prepare_inputs is None:
+        capture.tracer = None  # counting does without it, tracing requests does not
+    live, begin_step, begin_pass, end_pass = capture.of_steps()
 
     @functools.wraps(execute_model)
     def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,24 +41,25 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
         if made_up or tokens == 0:
             capture.begin_dummy()
             if not made_up:
-                capture.begin_step(scheduler_output)  # requests may have finished
+                begin_step(scheduler_output)  # requests may have finished
             return execute_model(scheduler_output, *args, **kwargs)
-        capture.begin_step(scheduler_output)
-        capture.begin_pass(tokens)
+        begin_step(scheduler_output)
+        begin_pass(tokens)
         result = execute_model(scheduler_output, *args, **kwargs)
         ran = None
-        with capture.fuse.guard("record", serving=False):
+        try:
             state = runner.execute_model_state
             if state is not None:  # None: the runner found nothing to do
                 # Adaptive verification may drop draft tokens that were scheduled.
-                ran = int(state.input_batch.num_tokens)
+                ran = state.input_batch.num_tokens
+        except Exception as error:
+            capture.fuse.blow("record", error)
         if ran is not None:
-            capture.end_pass(ran)
+            end_pass(ran)
         return result
 
     runner.execute_model = execute
     if prepare_inputs is None:
-        capture.tracer = None  # counting does without it, tracing requests does not
         return
 
     @functools.wraps(prepare_inputs)
@@ -64,10 +68,13 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
         batch = prepare_inputs(scheduler_output, *args, **kwargs)
         if capture.warming_up:
             return batch
-        capture.batch_is(batch)
-        per_request, total = scheduler_output.num_scheduled_tokens, scheduler_output.total_num_scheduled_tokens
-        starts = getattr(batch, "query_start_loc_np", None)
-        capture.trace_rows(batch, None, per_request, total, "num_computed_tokens_np", starts)
+        total = scheduler_output.total_num_scheduled_tokens
+        if getattr(batch, "num_tokens", None) != total:
+            capture.batch_is(batch)
+        if live:
+            starts = getattr(batch, "query_start_loc_np", None)
+            per_request = scheduler_output.num_scheduled_tokens
+            capture.trace_rows(batch, None, per_request, total, "num_computed_tokens_np", starts)
         return batch
 
     runner.prepare_inputs = prepare
@@ -120,7 +127,7 @@ def patch_graphs(module: ModuleType) -> None:
     @functools.wraps(replay)
     def run_fullgraph(self: Any, desc: Any) -> Any:
         if _active is not None:
-            _active.replayed = ("FULL", desc)
+            _active.note_graph(("FULL", desc))
         return replay(self, desc)
 
     @functools.wraps(run_piecewise)

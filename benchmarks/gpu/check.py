@@ -4,8 +4,8 @@ check.py [--only NAME,...] [--more] [--gpu 0] [--limit-s 560] [--keep FOLDER]
 
 For after a change of what runs on GPUs, or of vLLM. Needs an NVIDIA GPU with about 80 GB, vLLM, pytest, and moe-monitor
 installed. Prints a line for each run, with what is wrong with it, and ends with 1 if anything is. Their whole output
-lies in FOLDER. Three to five minutes, most of it the engines' start; ``--more``: other families, ways to capture and
-speculation as well.
+lies in FOLDER. Two and a half minutes on an H100 with 16 cores, most of it the engines' start; ``--more``: other
+families, ways to capture and speculation as well (two minutes for those alone; all at once was not tried).
 
 Oracles: ``exact.py`` has an in-graph shadow of every router's decisions, made of torch's own operations;
 ``requests_exact.py`` that, attributed to requests by the batch of vLLM's model runner, and vLLM's own
@@ -109,8 +109,8 @@ def _end(returncode: int | None, lines: list[str]) -> str:
     return f"{'was ended' if returncode is None else f'ended with {returncode}'}, told nothing; at last: {last[:200]}"
 
 
-def counts(*arguments: str, env: Mapping[str, str] | None = None, more: bool = False, gib: float = 1.2) -> Run:
-    room = [f"kv_cache_memory_bytes={int(gib * 1e9)}", "gpu_memory_utilization=0.2"]
+def counts(*arguments: str, env: Mapping[str, str] | None = None, more: bool = False) -> Run:
+    room = ["kv_cache_memory_bytes=1200000000", "gpu_memory_utilization=0.2"]
     command = [str(HERE / "exact.py"), "--rounds", "1", *arguments]
     return Run([*command, *(f"--option={o}" for o in room)], of_counts, "RESULT", dict(env or {}), more)
 

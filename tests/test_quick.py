@@ -69,16 +69,68 @@ def test_other_passes_begin_with_their_number_of_tokens(fuse) -> None:
     assert others == [] and (timing.passes, counting.valid, counting.counted) == (8, 5, None)
 
 
+class Pass:
+    """A worker's timing, and the hook that most passes do without."""
+
+    def __init__(self, fuse) -> None:
+        from moe_monitor.capture.clock import HostClock, Work
+        from moe_monitor.capture.vllm.latency import Timing
+
+        self.meter, self.timed = meter(), []
+        self.timing = Timing(SimpleNamespace(fuse=fuse, meter=None), [(0, None)], 5, Work(1), 8)
+        self.timing.clock = HostClock(1, 5, Work(1), 8)
+        self.general = 0
+
+    def begin(self, tokens) -> None:
+        self.general += 1
+        self.meter.clean = True
+        self.timing.begin(tokens)
+        if self.timing.sampling:
+            self.meter.clean = False
+            self.timed.append(self.timing.passes)
+            self.timing.end(None)
+
+
+def test_the_same_passes_are_timed_as_if_all_began_with_the_general_hook(fuse) -> None:
+    pytest.importorskip("vllm")
+    short, always = Pass(fuse), Pass(fuse)
+    begin = quick.begin_pass(short.meter, short.timing, fuse, short.begin)
+    for _ in range(200):
+        begin(3)
+        always.begin(3)
+    assert short.timed == always.timed and len(short.timed) > 20
+    assert short.timing.passes == always.timing.passes == 200
+    # the first, those that are timed, and the one after each
+    assert short.general <= 2 * len(short.timed) + 1 < always.general
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["between passes", "while one begins"])
+def test_passes_are_short_again_once_timing_is_off(fuse, within) -> None:
+    pytest.importorskip("vllm")
+    passes = Pass(fuse)
+    begin = quick.begin_pass(passes.meter, passes.timing, fuse, passes.begin)
+    if within:
+        passes.timing.clock.begin = lambda *_: passes.timing.fail(RuntimeError("the publisher's thread met this"))
+    else:
+        passes.timing.fail(RuntimeError("the publisher's thread met this"))
+    for _ in range(100):
+        begin(3)
+    assert passes.general == int(within) and not passes.timing.sampling
+
+
 @pytest.mark.parametrize(
     ("of", "tokens"),
     [({"clean": False}, 3), ({"counted": None}, 3), ({}, 2)],
     ids=["routers were seen", "no graph counted", "some were dropped"],
 )
-def test_a_pass_that_no_graph_has_counted_ends_with_the_general_hook(of, tokens) -> None:
+def test_a_pass_that_no_graph_has_counted_ends_with_the_general_hook(fuse, of, tokens) -> None:
     counting, others = meter(**{"counted": "graph", "valid": 3, **of}), []
-    quick.end_pass(counting, others.append)(tokens)
+    quick.end_pass(counting, fuse, others.append)(tokens)
     assert others == [tokens] and (counting.passes, counting.valid) == (0, 3)
     assert counting.counted == of.get("counted", "graph")
+    fuse.blown, counting = True, meter(counted="graph", valid=3)
+    quick.end_pass(counting, fuse, others.append)(3)
+    assert others == [tokens, 3] and counting.passes == 0
 
 
 class Box:

@@ -58,7 +58,7 @@ class Runner:
 
     execute_model_state: Any = None
     state: Any = None
-    prepared: Any = "batch"
+    prepared: Any = SimpleNamespace(num_tokens=3)
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None, dummy_run: bool = False) -> None:
         self.execute_model_state = None
@@ -93,7 +93,8 @@ def said(runner: Any) -> list[Any]:
 
 def test_a_real_pass(runner: Any) -> None:
     runner.execute_model(output(a=3, b=1))
-    assert said(runner) == ["step", ("pass", 4), ("batch", "batch"), ("rows", "batch"), ("end", 4)]
+    batch = runner.prepared  # of fewer tokens than were scheduled
+    assert said(runner) == ["step", ("pass", 4), ("batch", batch), ("rows", batch), ("end", 4)]
 
 
 def test_a_pass_as_it_was_scheduled_of_requests_that_nobody_traces(runner: Any) -> None:
@@ -109,6 +110,40 @@ def test_a_model_runner_that_keeps_its_batch_elsewhere_switches_the_monitor_off(
     fuse = getattr(runner, SENTINEL).fuse
     assert fuse.blown and "num_tokens" in fuse.status.reason
     assert ("end", 3) not in said(runner)
+
+
+def test_a_batch_that_does_not_tell_its_tokens_switches_the_monitor_off(runner: Any) -> None:
+    runner.prepared = "batch"
+    runner.execute_model(output(a=3))
+    fuse = getattr(runner, SENTINEL).fuse
+    assert fuse.blown and "num_tokens" in fuse.status.reason
+
+
+def test_graphs_are_named_by_the_managers_of_the_target_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+
+    class Base:
+        def capture(self, create_forward_fn: Any) -> Any:
+            return create_forward_fn("8 tokens")
+
+        def run_pw_graph(self, *args: Any) -> None:
+            ran.append("pieces")
+
+    class Target(Base):
+        def run_fullgraph(self, desc: Any) -> None:
+            ran.append(desc)
+
+    runner_v2.patch_graphs(SimpleNamespace(CudaGraphManager=Base, ModelCudaGraphManager=Target))  # type: ignore[arg-type]
+    noted: list[Any] = []
+    capture = SimpleNamespace(note_graph=lambda key=None: noted.append(key), begin_dummy=lambda: noted.append("dummy"))
+    monkeypatch.setattr(runner_v2, "_active", capture)
+    Target().run_fullgraph("8 tokens")
+    Target().run_pw_graph()
+    Base().run_pw_graph()  # a draft model's
+    assert (noted, ran) == ([("FULL", "8 tokens"), None], ["8 tokens", "pieces", "pieces"])
+    noted.clear()
+    assert Target().capture(lambda desc: capture.capturing) == ("FULL", "8 tokens")
+    assert noted == ["dummy"] and capture.capturing is None
 
 
 def test_a_dummy_pass_is_not_counted(runner: Any) -> None:
@@ -138,7 +173,7 @@ def test_warming_kernels_up_is_no_work(runner: Any) -> None:
     assert patched(runner, runner.execute_model, None) == "warm"
     assert said(runner) == ["dummy"] * 3
     runner.execute_model(output(a=2))
-    assert said(runner) == ["step", ("pass", 2), ("batch", "batch"), ("rows", "batch"), ("end", 2)]
+    assert said(runner) == ["step", ("pass", 2), ("batch", runner.prepared), ("rows", runner.prepared), ("end", 2)]
 
 
 def test_a_warm_up_that_fails_leaves_counting_on(runner: Any) -> None:

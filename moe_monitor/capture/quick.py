@@ -117,11 +117,12 @@ def before_replay(
     return before
 
 
-def end_pass(meter: CudaMeter, otherwise: Callable[[int], None]) -> Callable[[int], None]:
+def end_pass(meter: CudaMeter, fuse: Fuse, otherwise: Callable[[int], None]) -> Callable[[int], None]:
     """For every real pass that has run, with so many tokens."""
 
     def end(tokens: int) -> None:
-        if meter.clean and meter.counted is not None and meter.valid == tokens:  # the graph has counted them
+        # then the graph has counted them
+        if meter.clean and meter.counted is not None and meter.valid == tokens and not fuse.blown:
             meter.valid = 0
             meter.passes += 1
         else:

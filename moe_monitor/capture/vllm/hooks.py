@@ -79,7 +79,7 @@ class Hooks:
             live,
             quick.begin_step(live, timing, self.fuse, self.begin_step),
             quick.begin_pass(meter, timing, self.fuse, self.begin_pass),
-            quick.end_pass(meter, self.end_pass),
+            quick.end_pass(meter, self.fuse, self.end_pass),
         )
 
     def of_replays(self, graph: Retained) -> Callable[[], None]:
@@ -135,12 +135,12 @@ class Hooks:
         """The scheduler has decided on a step, with or without a pass; ``scheduled`` is its output."""
         if self.fuse.blown:
             return
-        if self.timing is not None:
-            self.timing.scheduled = scheduled.num_scheduled_tokens
         tracer = self.tracer
-        if tracer is None:
-            return
         try:  # most requests are not traced, and the guard would take longer than to see that
+            if self.timing is not None:
+                self.timing.scheduled = scheduled.num_scheduled_tokens
+            if tracer is None:
+                return
             fresh, finished = scheduled.scheduled_new_reqs, scheduled.finished_req_ids
             preempted, traced = scheduled.preempted_req_ids, []
             if fresh:
@@ -231,7 +231,7 @@ class Hooks:
                 if meter is None or timed or not (meter.counted or meter.collecting):
                     key = graph_key() if self.replayed is None else self.replayed
                 if meter is not None:
-                    complete = meter.end_pass(key, int(tokens))
+                    complete = meter.end_pass(key, tokens)
             if not complete:
                 raise NotLive("capture is not live: a pass ended in which not every MoE layer was seen")
         if timing is not None:

@@ -150,17 +150,21 @@ class Timing:
         with self.guard():
             clock.begin(passes, tokens, lambda: kind_of(self.scheduled, self.decode_tokens), self._rows())
             self.soonest = passes + 1 if clock.sampling else clock.soonest
+        if self.clock is None:  # switched off meanwhile
+            self.soonest = Untimed.soonest
 
     @property
     def sampling(self) -> bool:
         """Whether the pass in progress is timed."""
-        return self.clock is not None and self.clock.sampling
+        clock = self.clock  # the publisher's thread may switch timing off at any time
+        return clock is not None and clock.sampling
 
     def stop(self) -> None:
         """The pass has run; the monitor's own work comes next."""
-        if self.clock is not None and self.clock.sampling:
+        clock = self.clock
+        if clock is not None and clock.sampling:
             with self.guard():
-                self.clock.stop()
+                clock.stop()
 
     def end(self, key: Any) -> None:
         """The monitor has counted the pass, which replayed the graph ``key`` (None: no graph)."""
@@ -175,9 +179,10 @@ class Timing:
 
     def dummy(self) -> None:
         """A pass that is none of the server's work is about to run."""
-        if self.clock is not None and self.clock.sampling:
+        clock = self.clock
+        if clock is not None and clock.sampling:
             with self.guard(serving=False):
-                self.clock.cancel()
+                clock.cancel()
 
     def _rows(self) -> Any:
         meter = self._capture.meter

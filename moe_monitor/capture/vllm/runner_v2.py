@@ -32,10 +32,12 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
     if prepare_inputs is None:
         capture.tracer = None  # counting does without it, tracing requests does not
     live, begin_step, begin_pass, end_pass = capture.of_steps()
+    begun = 0  # tokens, as the pass in progress was told
 
     @functools.wraps(execute_model)
     def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # (scheduler_output, intermediate_tensors=None, dummy_run=False, ...)
+        nonlocal begun
         tokens = scheduler_output.total_num_scheduled_tokens
         made_up = capture.warming_up or kwargs.get("dummy_run", len(args) > 1 and args[1])
         if made_up or tokens == 0:
@@ -43,6 +45,7 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
             if not made_up:
                 begin_step(scheduler_output)  # requests may have finished
             return execute_model(scheduler_output, *args, **kwargs)
+        begun = tokens
         begin_step(scheduler_output)
         begin_pass(tokens)
         result = execute_model(scheduler_output, *args, **kwargs)
@@ -51,7 +54,7 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
             state = runner.execute_model_state
             if state is not None:  # None: the runner found nothing to do
                 # Adaptive verification may drop draft tokens that were scheduled.
-                ran = state.input_batch.num_tokens
+                ran = int(state.input_batch.num_tokens)
         except Exception as error:
             capture.fuse.blow("record", error)
         if ran is not None:
@@ -68,12 +71,14 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
         batch = prepare_inputs(scheduler_output, *args, **kwargs)
         if capture.warming_up:
             return batch
-        total = scheduler_output.total_num_scheduled_tokens
-        if getattr(batch, "num_tokens", None) != total:
-            capture.batch_is(batch)
+        try:
+            if batch.num_tokens != begun:
+                capture.batch_is(batch)
+        except Exception as error:
+            capture.fuse.blow("record", error)
         if live:
             starts = getattr(batch, "query_start_loc_np", None)
-            per_request = scheduler_output.num_scheduled_tokens
+            per_request, total = scheduler_output.num_scheduled_tokens, scheduler_output.total_num_scheduled_tokens
             capture.trace_rows(batch, None, per_request, total, "num_computed_tokens_np", starts)
         return batch
 

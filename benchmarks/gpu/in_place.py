@@ -171,7 +171,7 @@ def measure(args: argparse.Namespace, began: float) -> list[dict[str, Any]]:
     awake.look()
     config = llm.llm_engine.vllm_config
     say("ENGINE", ready_s=round(time.monotonic() - began, 1), awake=awake.now, options=args.option, **{
-        key: facts[key] for key in ("capture", "sealed", "runner")
+        key: facts[key] for key in ("capture", "sealed", "runner", "unhooked")
     }, async_scheduling=config.scheduler_config.async_scheduling)  # fmt: skip
     traffic = Traffic(args, models.FAMILIES[args.family]["vocab_size"] - 100)
     runs: list[dict[str, Any]] = []

@@ -4,9 +4,9 @@
 (``POST /collective_rpc``, VLLM_SERVER_DEV_MODE=1), and its front end's part by ``--middleware switching.Middleware``
 (``POST /moe_monitor/MODE``). Nothing may be in flight. Modes:
 
-off          all hooks return on their first line, nothing is published, the front end notes no request, and /metrics
-             has vLLM's own alone; graphs still have the monitor's branch, which finds that no token is real (what that
-             costs, latency.py tells)
+off          the model runner has its own methods and full graphs their own replay, the other hooks return on their
+             first line, nothing is published, the front end notes no request, and /metrics has vLLM's own alone; graphs
+             still have the monitor's branch, which finds that no token is real (what that costs, latency.py tells)
 on           everything
 untraced     on, and no request is traced
 unpublished  on, and the publisher's thread does nothing
@@ -20,6 +20,30 @@ from typing import Any
 
 MODES = ("off", "on", "untraced", "unpublished")
 
+#: A model runner's methods with hooks around them.
+HOOKED = ("execute_model", "_model_forward", "prepare_inputs")
+
+
+def _hooks(runner: Any) -> tuple[list[tuple[str, Any]], list[tuple[Any, Any]]]:
+    """What is around the methods of a model runner, by name, and before the replays of its full graphs."""
+    methods = [(name, runner.__dict__[name]) for name in HOOKED if hasattr(runner.__dict__.get(name), "__wrapped__")]
+    manager = getattr(runner, "cudagraph_manager", None)
+    if manager is not None and hasattr(manager, "graphs"):
+        graphs = list(manager.graphs.values())
+    else:
+        entries = getattr(runner.model, "concrete_cudagraph_entries", {})
+        graphs = [entry.cudagraph for entry in entries.values()]
+    watched = [graph.__dict__["_moe_monitor"] for graph in graphs if "_moe_monitor" in graph.__dict__]
+    return methods, [(found, found.before) for found in watched]
+
+
+def _hook(runner: Any, hooks: tuple[list[tuple[str, Any]], list[tuple[Any, Any]]], *, on: bool) -> None:
+    methods, replays = hooks
+    for name, hooked in methods:
+        setattr(runner, name, hooked if on else hooked.__wrapped__)
+    for watched, before in replays:
+        watched.before = before if on else None
+
 
 def switch(worker: Any, mode: str) -> dict[str, Any]:
     """Returns what the monitor and the process have taken so far."""
@@ -29,8 +53,10 @@ def switch(worker: Any, mode: str) -> dict[str, Any]:
     capture = worker.model_runner._moe_monitor
     publisher, meter = capture.publisher, capture.meter
     if not hasattr(capture, "_switched"):
-        capture._switched = capture.tracer._ratio, publisher.publish, publisher.has_gathered
-    ratio, publish, has_gathered = capture._switched
+        hooks = _hooks(worker.model_runner)
+        capture._switched = hooks, capture.tracer._ratio, publisher.publish, publisher.has_gathered
+    hooks, ratio, publish, has_gathered = capture._switched
+    _hook(worker.model_runner, hooks, on=mode != "off")
     tracer = capture.tracer
     for name in list(tracer.live):  # their end comes with a step that is still to come
         tracer._end(name)
@@ -61,6 +87,7 @@ def switch(worker: Any, mode: str) -> dict[str, Any]:
         "dropped": sum(status.dropped.values()),
         "capture": status.capture,
         "sealed": [sum(graph.sealed for graph in found.values()), len(found)],
+        "unhooked": [len(part) for part in hooks],  # in mode off: methods, replays
         "runner": type(worker.model_runner).__module__,
         "pid": os.getpid(),
     }

@@ -349,9 +349,11 @@ def test_a_piecewise_graph_is_named_where_somebody_asks(monkeypatch) -> None:
         (False, None, True),
     ]:
         capture.meter.graphs.all_sealed, capture.timing, capture.replayed = all_sealed, timing, None
+        capture.meter.clean = True
         asked.clear()
         capture.note_graph()
         assert (capture.replayed == "key", bool(asked)) == (named, named)
+        assert capture.meter.clean is not named  # a pass that begins the short way would keep the name of the last one
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="needs Triton")

@@ -45,6 +45,15 @@ def test_a_scheduler_that_says_other_things_switches_the_monitor_off(fuse) -> No
     assert others == ["not what vLLM says it is"]  # which returns on its first line
 
 
+def test_once_the_monitor_is_off_nothing_is_looked_at_and_no_error_is_added(fuse) -> None:
+    others, timing = [], quick.Untimed()
+    begin = quick.begin_step({}, timing, fuse, others.append)
+    begin("not what vLLM says it is")
+    begin("nor this")
+    begin(output(scheduled={"a": 1}))
+    assert fuse.status.errors == {"requests": 1} and len(others) == 3 and timing.scheduled == {}
+
+
 def meter(**of):
     return SimpleNamespace(**{"clean": True, "valid": 0, "counted": None, "passes": 0, "tallies": None, **of})
 

@@ -109,12 +109,15 @@ def test_a_model_runner_that_keeps_its_batch_elsewhere_switches_the_monitor_off(
     runner.execute_model(output(a=3))
     fuse = getattr(runner, SENTINEL).fuse
     assert fuse.blown and "num_tokens" in fuse.status.reason
-    assert ("end", 3) not in said(runner)
+    runner.execute_model(output(a=3))
+    assert fuse.status.errors == {"record": 1} and ("end", 3) not in said(runner)
 
 
 def test_a_batch_that_does_not_tell_its_tokens_switches_the_monitor_off(runner: Any) -> None:
     runner.prepared = "batch"
     runner.execute_model(output(a=3))
+    runner.execute_model(output(a=3))
+    assert getattr(runner, SENTINEL).fuse.status.errors == {"record": 1}
     fuse = getattr(runner, SENTINEL).fuse
     assert fuse.blown and "num_tokens" in fuse.status.reason
 

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from moe_monitor.capture.tallies import Owners
 
 
+#: A pass that will not come.
+NEVER = 1 << 62
+
+
 class Timing(Protocol):
     """``passes`` have begun, of which none before the one with the number ``soonest`` is timed.
 
@@ -38,7 +42,7 @@ class Timing(Protocol):
 class Untimed:
     """Where nothing is timed."""
 
-    passes, soonest = 0, 1 << 62
+    passes, soonest = 0, NEVER
     scheduled: Mapping[str, int] = {}
 
 
@@ -53,7 +57,7 @@ def begin_step(
 
     def begin(scheduled: Any) -> None:
         try:
-            if not live and not scheduled.scheduled_new_reqs:
+            if not fuse.blown and not live and not scheduled.scheduled_new_reqs:
                 timing.scheduled = scheduled.num_scheduled_tokens
                 return
         except Exception as error:

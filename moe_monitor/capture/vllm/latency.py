@@ -22,7 +22,7 @@ from moe_monitor.capture.clock import ENTER, GATE_BEGIN, GATE_END, LEAVE, ROUTE_
 from moe_monitor.capture.device_clock import DeviceClock
 from moe_monitor.capture.driver import Driver
 from moe_monitor.capture.fuse import Guard
-from moe_monitor.capture.quick import Untimed
+from moe_monitor.capture.quick import NEVER
 from moe_monitor.capture.vllm import op
 from moe_monitor.latency import LatencyTable
 
@@ -69,7 +69,7 @@ class Timing:
     def fail(self, error: Exception) -> None:
         """Switch timing off for good, and say so once."""
         clock, self.clock = self.clock, None
-        self.soonest = Untimed.soonest
+        self.soonest = NEVER
         self._capture.fuse.count_error("latency")
         logger.warning("moe-monitor times no layers any more; everything else goes on. Cause: %r", error)
         if isinstance(clock, DeviceClock):
@@ -151,7 +151,7 @@ class Timing:
             clock.begin(passes, tokens, lambda: kind_of(self.scheduled, self.decode_tokens), self._rows())
             self.soonest = passes + 1 if clock.sampling else clock.soonest
         if self.clock is None:  # switched off meanwhile
-            self.soonest = Untimed.soonest
+            self.soonest = NEVER
 
     @property
     def sampling(self) -> bool:

@@ -49,6 +49,8 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
         begin_step(scheduler_output)
         begin_pass(tokens)
         result = execute_model(scheduler_output, *args, **kwargs)
+        if capture.fuse.blown:
+            return result
         ran = None
         try:
             state = runner.execute_model_state
@@ -69,7 +71,7 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
     def prepare(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # Never called for dummy passes; what it returns tells the order of the rows.
         batch = prepare_inputs(scheduler_output, *args, **kwargs)
-        if capture.warming_up:
+        if capture.warming_up or capture.fuse.blown:
             return batch
         try:
             if batch.num_tokens != begun:

@@ -18,31 +18,37 @@ import os
 import time
 from typing import Any
 
+from moe_monitor.capture import replays as watching
+
 MODES = ("off", "on", "untraced", "unpublished")
 
 #: A model runner's methods with hooks around them.
 HOOKED = ("execute_model", "_model_forward", "prepare_inputs")
 
 
-def _hooks(runner: Any) -> tuple[list[tuple[str, Any]], list[tuple[Any, Any]]]:
-    """What is around the methods of a model runner, by name, and before the replays of its full graphs."""
+def _hooks(runner: Any) -> tuple[list[tuple[str, Any]], list[tuple[Any, type, type]]]:
+    """What is around the methods of a model runner, by name, and its watched full graphs with that class of theirs and
+    the one they had.
+    """
     methods = [(name, runner.__dict__[name]) for name in HOOKED if hasattr(runner.__dict__.get(name), "__wrapped__")]
     manager = getattr(runner, "cudagraph_manager", None)
     if manager is not None and hasattr(manager, "graphs"):
         graphs = list(manager.graphs.values())
     else:
         entries = getattr(runner.model, "concrete_cudagraph_entries", {})
-        graphs = [entry.cudagraph for entry in entries.values()]
-    watched = [graph.__dict__["_moe_monitor"] for graph in graphs if "_moe_monitor" in graph.__dict__]
-    return methods, [(found, found.before) for found in watched]
+        graphs = [entry.cudagraph for entry in entries.values() if entry.cudagraph is not None]
+    watched = [graph for graph in graphs if "_moe_monitor" in graph.__dict__ and "replay" not in graph.__dict__]
+    ours = watching.__name__
+    own = [next(cls for cls in type(graph).__mro__ if cls.__module__ != ours) for graph in watched]
+    return methods, [(graph, type(graph), cls) for graph, cls in zip(watched, own, strict=True)]
 
 
-def _hook(runner: Any, hooks: tuple[list[tuple[str, Any]], list[tuple[Any, Any]]], *, on: bool) -> None:
+def _hook(runner: Any, hooks: tuple[list[tuple[str, Any]], list[tuple[Any, type, type]]], *, on: bool) -> None:
     methods, replays = hooks
     for name, hooked in methods:
         setattr(runner, name, hooked if on else hooked.__wrapped__)
-    for watched, before in replays:
-        watched.before = before if on else None
+    for graph, watched, own in replays:
+        graph.__class__ = watched if on else own
 
 
 def switch(worker: Any, mode: str) -> dict[str, Any]:

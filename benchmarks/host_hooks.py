@@ -49,8 +49,8 @@ from moe_monitor.capture.tallies import DeviceTallies
 from moe_monitor.capture.vllm import runner_v1, runner_v2
 from moe_monitor.capture.vllm.attach import Capture
 from moe_monitor.capture.vllm.context import Parallel
-from moe_monitor.capture.vllm.graphs import _tell_before_replay
 from moe_monitor.capture.vllm.latency import Timing
+from moe_monitor.capture.vllm.wrapping import opaque_routing
 
 LAYERS, EXPERTS, TOP_K = 16, 64, 8
 PROMPT, OUTPUT = 100, 128
@@ -128,6 +128,7 @@ def capture_of(ratio: float, descriptors: list[BatchDescriptor], way: str) -> Ca
     capture.fuse = Fuse(logging.getLogger("bench"))
     capture.fuse.status.active = True
     capture.counts, capture.warming_up, capture.capturing, capture.replayed = True, False, None, None
+    capture.names_graphs = True
     capture.parallel = Parallel(0, 1, 0, 1)
     tallies = DeviceTallies(64, LAYERS, EXPERTS)
     capture.meter = meter = CudaMeter(
@@ -282,14 +283,13 @@ class Runner:
 
         self.model = model
 
-    def layer_by_layer(self, observe: Callable[[int, torch.Tensor, torch.Tensor], Any], between: Any) -> None:
+    def layer_by_layer(self, routers: list[SimpleNamespace], between: Any) -> None:
         def model(tokens: int) -> None:
             logits = torch.zeros((tokens, EXPERTS), dtype=torch.bfloat16)
-            ids = torch.zeros((tokens, TOP_K), dtype=torch.int32)
-            for layer in range(LAYERS):
+            for router in routers:
                 between()
                 self.leave()
-                observe(layer, logits, ids)
+                router._compute_routing(None, logits)
                 self.arrive("routers")
 
         self.model = model
@@ -312,12 +312,17 @@ def runners(
     for hooked in (True, False):
         runner = Runner(kind, launched)
         if way == "bare":
-            runner.layer_by_layer(capture.observe_cuda if hooked else nothing, between)
+            ids = {tokens: torch.zeros((tokens, TOP_K), dtype=torch.int32) for tokens in descriptors}
+            choose = lambda _, logits, ids=ids: (logits, ids[len(logits)])  # noqa: E731
+            routers = [SimpleNamespace(_compute_routing=choose) for _ in range(LAYERS)]
+            for position, router in enumerate(routers) if hooked else ():
+                router._compute_routing = opaque_routing(router, position, capture)
+            runner.layer_by_layer(routers, between)
         else:
             graphs = {tokens: Graph(lambda runner=runner: runner.arrive("replay")) for tokens in descriptors}
             for tokens, graph in graphs.items() if hooked and way == "sealed" else ():
                 found = meter.graphs.found[CUDAGraphMode.FULL.name, descriptors[tokens]]
-                _tell_before_replay(graph, capture, found)
+                capture.watch_replays(graph, found)
             runner.replaying(graphs)
         if hooked:
             (runner_v2 if kind == "v2" else runner_v1)._patch_steps(runner, capture)

@@ -23,6 +23,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from short_ways import RunnerV2, output  # noqa: E402
+
 from moe_monitor.capture import kernels, quick  # noqa: E402 - needs torch
 from moe_monitor.capture.ahead import compile_beside  # noqa: E402
 from moe_monitor.capture.control import Control  # noqa: E402
@@ -30,6 +32,7 @@ from moe_monitor.capture.cuda import CudaMeter  # noqa: E402
 from moe_monitor.capture.fuse import Fuse  # noqa: E402
 from moe_monitor.capture.mailbox import Mailbox  # noqa: E402
 from moe_monitor.capture.meter import accumulate  # noqa: E402
+from moe_monitor.capture.replays import Watched  # noqa: E402
 from moe_monitor.capture.retained import Span  # noqa: E402
 from moe_monitor.capture.sending import Ring  # noqa: E402
 from moe_monitor.capture.tallies import DeviceTallies, Owners  # noqa: E402
@@ -55,6 +58,18 @@ def test_in_the_interpreter() -> None:
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+def post(meter, sealed, fuse, general=None):
+    """What is told before a replay, and which way that went."""
+    done = []
+
+    def otherwise(_):
+        done.append("general")
+        (general or meter.before_replay)(sealed)
+
+    quick.replaying(meter, sealed, fuse, Watched(), lambda _: done.append("short"), otherwise)(None)
+    return done
 
 
 class Device:
@@ -115,7 +130,7 @@ class Device:
         for sealed, launched in self.sealed[key]:
             if sealed is not None:
                 fuse = Fuse(logging.getLogger("test"))
-                quick.before_replay(self.meter, sealed, fuse, self.meter.before_replay)()
+                post(self.meter, sealed, fuse)
                 assert not fuse.blown, fuse.status.reason
             for launch in launched:
                 launch()
@@ -232,7 +247,7 @@ def test_sealed_graphs_count_by_themselves() -> None:
 class Timed:
     """Passes with these numbers are timed."""
 
-    clock, sampling, scheduled = None, False, {}
+    clock, noting, sampling, scheduled = None, None, False, {}
 
     def __init__(self, *numbers):
         self.numbers, self.passes, self.soonest, self.ended = list(numbers), 0, 0, 0
@@ -256,8 +271,10 @@ class Timed:
 @interpreted
 def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() -> None:
     pytest.importorskip("vllm")
+    from moe_monitor.capture.vllm import runner_v2
     from moe_monitor.capture.vllm.context import Parallel
     from moe_monitor.capture.vllm.hooks import Hooks
+    from moe_monitor.capture.vllm.wrapping import opaque_routing
 
     device = TracingDevice()
     capture = Hooks(Fuse(logging.getLogger("test")))
@@ -268,27 +285,31 @@ def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() 
     device.capture("b", 8)
     device.meter._stream = object()  # as after the first pass on a GPU: passes may begin the short way
     capture.timing = timing = Timed(8, 13)
-    hooks, short = capture.of_steps(), []
+    runner = RunnerV2(lambda: None)
+    runner_v2._patch_steps(runner, capture)
+    short = []
 
     @torch.inference_mode()
-    def step(key, tokens, scheduled=None):
+    def step(key, tokens, scheduled=None, ran=None):
         logits, ids = device.memory[key] if key else device.decide(tokens)
+        routers = [SimpleNamespace(_compute_routing=lambda _, logits, i=i: (None, ids[i])) for i in range(LAYERS)]
+        routing = [opaque_routing(router, i, capture) for i, router in enumerate(routers)]
         short.append(device.meter.clean)
-        hooks.begin_pass(scheduled or tokens)
-        if scheduled:
-            capture.batch_is(SimpleNamespace(num_tokens=tokens))
+        runner.prepared, runner._replays = tokens, lambda: run(key, logits, ids, routing)
+        runner.execute_model(output(a=scheduled or tokens))
+        device.count(logits, ids, 0, tokens)
+
+    def run(key, logits, ids, routing):
         if key:
             for kept, fresh in zip(device.memory[key], device.decide(len(logits[0])), strict=True):
                 kept.copy_(fresh)
             for graph, launched in device.sealed[key]:
-                capture.of_replays(graph)()
+                post(device.meter, graph, capture.fuse, capture.before_replay)
                 for launch in launched:
                     launch()
         else:
             for layer in range(LAYERS):
-                capture.observe_cuda(layer, logits[layer], ids[layer])
-        device.count(logits, ids, 0, tokens)
-        hooks.end_pass(tokens)
+                routing[layer](None, logits[layer])
 
     device.owners(0, -1, 2)
     for key, tokens in (("a", 3), ("a", 3), ("a", 3), (None, 3), ("a", 3), ("b", 3), ("b", 2), ("b", 2), (None, 1)):
@@ -307,9 +328,9 @@ def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() 
     device.check()
     device.check_requests([0, 1, 2])
     device.meter._stream = object()
-    hooks.begin_pass(3)
-    capture.of_replays(device.sealed["b"][0][0])()
-    hooks.end_pass(2)
+    capture.begin_pass(3, {"a": 3})
+    post(device.meter, device.sealed["b"][0][0], capture.fuse, capture.before_replay)
+    capture.end_pass(2)
     assert capture.fuse.blown and "3 tokens were counted in a graph" in capture.fuse.status.reason
     capture.fuse = Fuse(logging.getLogger("test"))
     capture.batch_is("not what vLLM says it is")
@@ -342,18 +363,15 @@ def test_a_piecewise_graph_is_named_where_somebody_asks(monkeypatch) -> None:
     monkeypatch.setattr(hooks, "graph_key", lambda: asked.append(True) or "key")
     capture = hooks.Hooks(Fuse(logging.getLogger("test")))
     capture.meter = CudaMeter(range(LAYERS), EXPERTS, TOP_K, "softmax", memory_limit=1 << 20)
-    for all_sealed, timing, named in [
-        (True, None, False),
-        (True, SimpleNamespace(sampling=False), False),
-        (True, SimpleNamespace(sampling=True), True),
-        (False, None, True),
-    ]:
-        capture.meter.graphs.all_sealed, capture.timing, capture.replayed = all_sealed, timing, None
-        capture.meter.clean = True
+    capture.meter._stream = object()  # as after the first pass on a GPU: passes may begin the short way
+    for all_sealed, timed, named in [(True, None, False), (True, [], False), (True, [1], True), (False, None, True)]:
+        capture.meter.graphs.all_sealed, capture.timing = all_sealed, None if timed is None else Timed(*timed)
         asked.clear()
+        capture.begin_pass(3, {"a": 3})
+        assert (capture.names_graphs, capture.replayed, bool(asked)) == (named, None, False)
         capture.note_graph()
-        assert (capture.replayed == "key", bool(asked)) == (named, named)
-        assert capture.meter.clean is not named  # a pass that begins the short way would keep the name of the last one
+        assert capture.replayed == "key" and asked
+        assert not capture.meter.clean  # a pass that begins the short way would keep the name of the last one
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
@@ -476,10 +494,11 @@ def mailbox(rows=8):
 def quickly(box, tokens, owners=None):
     """Whether the short way posts that."""
     meter = SimpleNamespace(valid=tokens, clean=True, counted=None, tallies=SimpleNamespace(owners=owners))
-    graph, fuse, others = SimpleNamespace(mailbox=box, whole=True), Fuse(logging.getLogger("test")), []
-    quick.before_replay(meter, graph, fuse, others.append)()
-    assert not fuse.blown and others == ([] if meter.counted is graph else [graph])
-    return not others
+    meter.before_replay = lambda _: None
+    graph, fuse = SimpleNamespace(mailbox=box, whole=True), Fuse(logging.getLogger("test"))
+    done = post(meter, graph, fuse)
+    assert not fuse.blown and done == ["short" if meter.counted is graph else "general"]
+    return done == ["short"]
 
 
 @interpreted
@@ -692,19 +711,27 @@ def test_a_pass_without_a_graph_is_counted_by_the_short_way_too() -> None:
     device, quickly = Device(), []
     device.warm_up(8)
     read_in_place(device.meter)
-    collects = device.meter.collects_quickly
+    device.meter._stream = object()  # as after the first pass on a GPU: passes may begin the short way
 
     def observe(layer, logits, ids, key, span):
-        quickly.append(collects(layer, logits, ids))
-        if not quickly[-1]:
+        general = []
+
+        def otherwise(_, logits):
+            general.append(layer)
             device.meter.collect(layer, logits, ids, span)
+            return None, ids
+
+        quick.routing(device.meter, layer, lambda _, logits: (None, ids), otherwise)(None, logits)
+        quickly.append(not general)
 
     device.meter.observe = observe
     assert device.eager(5) and device.eager(3, rows=8)
     assert quickly == [False, True, True] * 2
+    device.meter._stream, stream = None, device.meter._stream  # what follows reads as without a GPU
     device.check()
+    device.meter._stream = stream
     assert not device.eager(4, layers=(0, 2)), "a layer is missing"
-    assert quickly[6:] == [False, False]
+    assert quickly[6:] == [False, False], "what comes out of turn is left to the general hook"
     device.meter._pending_limit = 100  # each layer is counted by itself
     quickly.clear()
     assert device.eager(5) and quickly == [False] * 3

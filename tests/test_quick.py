@@ -12,8 +12,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from short_ways import Box, Capture, RunnerV1, RunnerV2, meter, output  # noqa: E402
+
 from moe_monitor.capture import quick  # noqa: E402 - needs torch
 from moe_monitor.capture.fuse import Fuse  # noqa: E402
+from moe_monitor.capture.replays import Watched  # noqa: E402
+from moe_monitor.capture.vllm import runner_v1, runner_v2  # noqa: E402
 
 
 @pytest.fixture
@@ -21,133 +25,168 @@ def fuse() -> Fuse:
     return Fuse(logging.getLogger("test"))
 
 
-def output(new=(), scheduled=None):
-    return SimpleNamespace(scheduled_new_reqs=list(new), num_scheduled_tokens=scheduled or {"a": 1})
+@pytest.fixture(params=["v1", "v2"])
+def patched(request, fuse):
+    """A capture, and a model runner of its own that replays a graph which counts by itself."""
+
+    def make(timing=None, **of):
+        capture = Capture(fuse, meter(**of), timing or quick.Untimed())
+
+        def replays() -> None:
+            capture.meter.counted = "graph"
+
+        seam, kind = (runner_v1, RunnerV1) if request.param == "v1" else (runner_v2, RunnerV2)
+        runner = kind(replays)
+        seam._patch_steps(runner, capture)
+        return capture, runner
+
+    yield make
+    runner_v2._active = None
 
 
-def test_a_step_without_news_of_untraced_requests_needs_no_more_than_its_schedule(fuse) -> None:
-    live, timing, others = {}, quick.Untimed(), []
-    begin = quick.begin_step(live, timing, fuse, others.append)
-    begin(output(scheduled={"a": 1, "b": 1}))
-    assert timing.scheduled == {"a": 1, "b": 1} and others == []
-    fresh = output(new=["c"])
-    begin(fresh)
-    live["a"] = object()
-    plain = output()
-    begin(plain)
-    assert others == [fresh, plain]
+def test_a_pass_of_untraced_requests_needs_no_general_hook(patched) -> None:
+    capture, runner = patched(timing=SimpleNamespace(passes=7, soonest=99), counted="the last graph")
+    for _ in range(3):
+        runner.execute_model(output(a=1, b=2))
+    assert capture.said == [] and capture.timing.passes == 10
+    assert (capture.meter.passes, capture.meter.valid, capture.meter.counted) == (3, 0, "graph")
 
 
-def test_a_scheduler_that_says_other_things_switches_the_monitor_off(fuse) -> None:
-    others = []
-    quick.begin_step({}, quick.Untimed(), fuse, others.append)("not what vLLM says it is")
-    assert fuse.blown and "scheduled_new_reqs" in fuse.status.reason
-    assert others == ["not what vLLM says it is"]  # which returns on its first line
+def test_while_a_pass_runs_it_has_its_tokens(patched) -> None:
+    capture, runner = patched()
+    found = []
+    runner._replays = lambda: found.append((capture.meter.valid, capture.meter.turn, capture.meter.counted))
+    runner.execute_model(output(a=1, b=2))
+    assert found == [(3, 0, None)]
+    assert capture.said == [("end", 3)], "no graph has counted it"
+    assert capture.meter.passes == 0
 
 
-def test_once_the_monitor_is_off_nothing_is_looked_at_and_no_error_is_added(fuse) -> None:
-    others, timing = [], quick.Untimed()
-    begin = quick.begin_step({}, timing, fuse, others.append)
-    begin("not what vLLM says it is")
-    begin("nor this")
-    begin(output(scheduled={"a": 1}))
-    assert fuse.status.errors == {"requests": 1} and len(others) == 3 and timing.scheduled == {}
-
-
-def meter(**of):
-    return SimpleNamespace(**{"clean": True, "valid": 0, "counted": None, "passes": 0, "tallies": None, **of})
+def test_requests_that_come_and_traced_ones_are_told(patched) -> None:
+    capture, runner = patched()
+    runner.execute_model(output("c", a=1, c=1))
+    assert capture.said == ["step"] and capture.meter.passes == 1
+    capture.live["a"] = object()
+    runner.execute_model(output(a=1))
+    assert capture.said == ["step", "step", "rows"] and capture.meter.passes == 2
 
 
 @pytest.mark.parametrize(
-    ("of", "timing", "blown"),
-    [({"clean": False}, (0, 9), False), ({}, (8, 9), False), ({}, (0, 9), True)],
-    ids=["something is left of the pass before", "timed", "off"],
+    ("of", "timing"),
+    [({"clean": False}, (0, 9)), ({}, (8, 9))],
+    ids=["something is left of the pass before", "timed"],
 )
-def test_a_pass_that_is_not_as_most_are_begins_with_the_general_hook(fuse, of, timing, blown) -> None:
-    passes = SimpleNamespace(passes=timing[0], soonest=timing[1])
-    others, counting = [], meter(counted="the last graph", **of)
-    fuse.blown = blown
-    quick.begin_pass(counting, passes, fuse, others.append)(5)
+def test_a_pass_that_is_not_as_most_are_begins_with_the_general_hook(patched, of, timing) -> None:
+    capture, runner = patched(SimpleNamespace(passes=timing[0], soonest=timing[1]), **of)
+    runner.execute_model(output(a=5))
+    assert capture.said[0] == ("pass", 5, {"a": 5})
     # which counts passes itself
-    assert others == [5] and (passes.passes, counting.valid, counting.counted) == (timing[0], 0, "the last graph")
+    assert (capture.timing.passes, capture.meter.turn) == (timing[0], -1)
 
 
-def test_other_passes_begin_with_their_number_of_tokens(fuse) -> None:
-    timing, counting, others = SimpleNamespace(passes=7, soonest=9), meter(counted="the last graph"), []
-    quick.begin_pass(counting, timing, fuse, others.append)(5)
-    assert others == [] and (timing.passes, counting.valid, counting.counted) == (8, 5, None)
+@pytest.mark.parametrize(
+    "during",
+    [
+        lambda meter: setattr(meter, "clean", False),
+        lambda meter: setattr(meter, "counted", None),
+        lambda meter: setattr(meter, "valid", 2),
+    ],
+    ids=["routers were seen", "no graph counted", "some were dropped"],
+)
+def test_a_pass_that_no_graph_has_counted_ends_with_the_general_hook(patched, during) -> None:
+    capture, runner = patched()
+
+    def replays() -> None:
+        capture.meter.counted = "graph"
+        during(capture.meter)
+
+    runner._replays = replays
+    runner.execute_model(output(a=3))
+    assert capture.said == [("end", 3)] and capture.meter.passes == 0
+
+
+def test_a_batch_of_fewer_tokens_than_were_scheduled_ends_with_the_general_hook(fuse) -> None:
+    capture = Capture(fuse, meter(), quick.Untimed())
+    runner = RunnerV2(lambda: setattr(capture.meter, "counted", "graph"))
+    runner.prepared = 2
+    runner_v2._patch_steps(runner, capture)
+    runner.execute_model(output(a=3))
+    runner_v2._active = None
+    assert capture.said == [("batch", 2), ("end", 2)] and capture.meter.passes == 0
+
+
+def test_a_scheduler_that_says_other_things_switches_the_monitor_off(patched, fuse) -> None:
+    capture, runner = patched()
+    strange = SimpleNamespace(total_num_scheduled_tokens=3, num_scheduled_tokens={"a": 3})
+    runner.execute_model(strange)
+    assert fuse.blown and "scheduled_new_reqs" in fuse.status.reason
+    runner.execute_model(strange)
+    assert fuse.status.errors == {"requests": 1}, "once it is off, nothing is looked at"
+    assert capture.meter.passes == 0
 
 
 class Pass:
     """A worker's timing, and the hook that most passes do without."""
 
-    def __init__(self, fuse) -> None:
+    def __init__(self, fuse, *, short) -> None:
         from moe_monitor.capture.clock import HostClock, Work
         from moe_monitor.capture.vllm.latency import Timing
 
-        self.meter, self.timed = meter(), []
         self.timing = Timing(SimpleNamespace(fuse=fuse, meter=None), [(0, None)], 5, Work(1), 8)
         self.timing.clock = HostClock(1, 5, Work(1), 8)
-        self.general = 0
+        self.general, self.timed = 0, []
+        capture = Capture(fuse, meter(), self.timing)
+        capture.begin_pass = self.begin
+        self.meter, self._short = capture.meter, short
+        self.runner = RunnerV1(lambda: setattr(self.meter, "counted", "graph"))
+        runner_v1._patch_steps(self.runner, capture)
 
-    def begin(self, tokens) -> None:
+    def run(self) -> None:
+        self.meter.clean = self._short
+        self.runner.execute_model(output(a=3))
+
+    def begin(self, tokens, scheduled) -> None:
         self.general += 1
-        self.meter.clean = True
         self.timing.begin(tokens)
         if self.timing.sampling:
-            self.meter.clean = False
             self.timed.append(self.timing.passes)
             self.timing.end(None)
 
 
 def test_the_same_passes_are_timed_as_if_all_began_with_the_general_hook(fuse) -> None:
     pytest.importorskip("vllm")
-    short, always = Pass(fuse), Pass(fuse)
-    begin = quick.begin_pass(short.meter, short.timing, fuse, short.begin)
+    short, always = Pass(fuse, short=True), Pass(fuse, short=False)
     for _ in range(200):
-        begin(3)
-        always.begin(3)
+        short.run()
+        always.run()
     assert short.timed == always.timed and len(short.timed) > 20
     assert short.timing.passes == always.timing.passes == 200
     # the first, those that are timed, and the one after each
-    assert short.general <= 2 * len(short.timed) + 1 < always.general
+    assert short.general <= 2 * len(short.timed) + 1 < always.general == 200
 
 
 @pytest.mark.parametrize("within", [False, True], ids=["between passes", "while one begins"])
 def test_passes_are_short_again_once_timing_is_off(fuse, within) -> None:
     pytest.importorskip("vllm")
-    passes = Pass(fuse)
-    begin = quick.begin_pass(passes.meter, passes.timing, fuse, passes.begin)
+    passes = Pass(fuse, short=True)
     if within:
         passes.timing.clock.begin = lambda *_: passes.timing.fail(RuntimeError("the publisher's thread met this"))
     else:
         passes.timing.fail(RuntimeError("the publisher's thread met this"))
     for _ in range(100):
-        begin(3)
+        passes.run()
     assert passes.general == int(within) and not passes.timing.sampling
 
 
-@pytest.mark.parametrize(
-    ("of", "tokens"),
-    [({"clean": False}, 3), ({"counted": None}, 3), ({}, 2)],
-    ids=["routers were seen", "no graph counted", "some were dropped"],
-)
-def test_a_pass_that_no_graph_has_counted_ends_with_the_general_hook(fuse, of, tokens) -> None:
-    counting, others = meter(**{"counted": "graph", "valid": 3, **of}), []
-    quick.end_pass(counting, fuse, others.append)(tokens)
-    assert others == [tokens] and (counting.passes, counting.valid) == (0, 3)
-    assert counting.counted == of.get("counted", "graph")
-    fuse.blown, counting = True, meter(counted="graph", valid=3)
-    quick.end_pass(counting, fuse, others.append)(3)
-    assert others == [tokens, 3] and counting.passes == 0
+class Torchs:
+    """Stands for a graph: what its own replay does, and what is done otherwise."""
 
-
-class Box:
-    """A mailbox with a device that keeps up."""
-
-    def __init__(self) -> None:
-        self.words, self.begun, self.posted = [0] * 64, [1], 1
-        self.unsent, self.spans, self.told = False, None, 0
+    def __init__(self, meter, graph, fuse, watched=None) -> None:
+        self.done = []
+        own = lambda _: self.done.append("replayed")  # noqa: E731
+        otherwise = lambda _: self.done.append("otherwise")  # noqa: E731
+        replay = quick.replaying(meter, graph, fuse, watched or Watched(), own, otherwise)
+        self.replay = lambda: replay(self)
 
 
 @pytest.mark.parametrize(
@@ -165,29 +204,68 @@ class Box:
     ids=["dummy", "routers were seen", "a second graph", "addresses", "far ahead", "unposted", "a shard", "off"],
 )
 def test_what_a_replay_needs_beyond_a_word_is_left_to_the_general_hook(fuse, of, box, whole, blown) -> None:
-    mailbox, others = Box(), []
+    mailbox = Box()
     mailbox.__dict__.update(box)
     graph, counting = SimpleNamespace(mailbox=mailbox, whole=whole), meter(**{"valid": 3, **of})
     fuse.blown, posted = blown, mailbox.posted
-    quick.before_replay(counting, graph, fuse, others.append)()
-    assert others == [graph] and not any(mailbox.words) and mailbox.posted == posted
+    torchs = Torchs(counting, graph, fuse)
+    torchs.replay()
+    assert torchs.done == ["otherwise"] and not any(mailbox.words) and mailbox.posted == posted
     assert counting.counted == of.get("counted")
 
 
 def test_a_replay_is_posted_once_and_its_time_is_told(fuse) -> None:
-    mailbox, counting, others = Box(), meter(valid=3), []
+    mailbox, counting = Box(), meter(valid=3)
     graph = SimpleNamespace(mailbox=mailbox, whole=True)
-    before = quick.before_replay(counting, graph, fuse, others.append)
-    before()
-    assert (mailbox.words[1], mailbox.posted, counting.counted, others) == (3, 2, graph, [])
+    torchs = Torchs(counting, graph, fuse)
+    torchs.replay()
+    assert (mailbox.words[1], mailbox.posted, counting.counted, torchs.done) == (3, 2, graph, ["replayed"])
     assert 0 < fuse.status.hook_seconds < 1
-    before()  # within the same pass
-    assert others == [graph] and mailbox.posted == 2
+    torchs.replay()  # within the same pass
+    assert torchs.done == ["replayed", "otherwise"] and mailbox.posted == 2
 
 
-def test_a_failing_post_switches_the_monitor_off(fuse) -> None:
-    mailbox, others = Box(), []
+def test_a_failing_post_switches_the_monitor_off_and_the_graph_is_replayed_once(fuse) -> None:
+    mailbox = Box()
     mailbox.begun = []
-    graph = SimpleNamespace(mailbox=mailbox, whole=True)
-    quick.before_replay(meter(valid=3), graph, fuse, others.append)()
-    assert fuse.blown and "IndexError" in fuse.status.reason and others == [graph]
+    torchs = Torchs(meter(valid=3), SimpleNamespace(mailbox=mailbox, whole=True), fuse)
+    torchs.replay()
+    assert fuse.blown and "IndexError" in fuse.status.reason and torchs.done == ["otherwise"]
+
+
+def test_a_replay_that_fails_once_it_is_posted_is_told_of_and_raised(fuse) -> None:
+    told = []
+
+    def own(_):
+        raise MemoryError("the device is full")
+
+    graph = SimpleNamespace(mailbox=Box(), whole=True)
+    replay = quick.replaying(meter(valid=3), graph, fuse, Watched(failed=told.append), own, pytest.fail)
+    with pytest.raises(MemoryError, match="full"):
+        replay("graph")
+    assert [str(error) for error in told] == ["the device is full"]
+
+
+def test_decisions_are_kept_in_their_turn_and_all_others_left_to_the_general_hook() -> None:
+    counting, general = meter(turn=0), []
+    original = lambda hidden, logits, scale=1: (f"weights {scale}", f"ids of {logits}")  # noqa: E731
+
+    def otherwise(position):
+        def compute(hidden, logits, **more):
+            general.append(position)
+            return original(hidden, logits, **more)
+
+        return compute
+
+    layers = [quick.routing(counting, i, original, otherwise(i)) for i in range(3)]
+    assert layers[0]("hidden", "a") == ("weights 1", "ids of a")
+    assert general == [0], "the first layer decides what the pass is like"
+    counting.turn = 1
+    assert layers[1]("hidden", "b", scale=2) == ("weights 2", "ids of b")
+    assert layers[2]("hidden", "c") == ("weights 1", "ids of c")
+    assert counting.pending == {1: ("b", "ids of b", quick.WHOLE), 2: ("c", "ids of c", quick.WHOLE)}
+    assert general == [0] and counting.turn == 3
+    layers[2]("hidden", "again")
+    counting.turn = -1
+    layers[1]("hidden", "in another pass")
+    assert general == [0, 2, 1] and len(counting.pending) == 2

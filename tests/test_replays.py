@@ -11,8 +11,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from short_ways import Box  # noqa: E402
+
+from moe_monitor.capture.cuda import CudaMeter  # noqa: E402
 from moe_monitor.capture.fuse import Fuse  # noqa: E402
-from moe_monitor.capture.replays import watch  # noqa: E402
+from moe_monitor.capture.replays import shorten, watch  # noqa: E402
 
 
 class Graph:
@@ -49,6 +52,34 @@ def test_before_each_replay_and_in_its_stead(kind) -> None:
     assert isinstance(graph, kind)
 
 
+class Stubborn(Graph):
+    """One that stays of its class."""
+
+    def __setattr__(self, name, value) -> None:
+        if name == "__class__":
+            raise TypeError("object layout differs")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("kind", [Graph, Slotted, Stubborn])
+def test_a_watched_graph_may_have_a_replay_of_its_own(kind) -> None:
+    graph, other, short = kind(), kind(), [True, False]
+    for of in (graph, other):
+        watch(of).before = lambda of=of: of.done.append("before")
+
+    def replaying(own, otherwise):
+        return lambda graph: own(graph) if short.pop(0) else otherwise(graph)
+
+    shorten(graph, replaying)
+    graph.replay()
+    graph.replay()
+    other.replay()
+    watched = ["before", "replay"]
+    # one that could not become of another class is watched as before
+    assert (graph.done, other.done) == (["replay", *watched] if kind is not Stubborn else watched * 2, watched)
+    assert isinstance(graph, kind) and watch(graph) is not watch(other)
+
+
 def test_a_replay_that_fails_is_told_of_and_raised() -> None:
     class Broken(Graph):
         def replay(self) -> None:
@@ -79,7 +110,7 @@ def test_a_bound_replay_keeps_the_graph_and_nothing_else_does() -> None:
 
 
 def test_a_failed_replay_of_a_graph_that_counts_switches_the_monitor_off() -> None:
-    from moe_monitor.capture.vllm.graphs import _tell_before_replay
+    from moe_monitor.capture.vllm.hooks import Hooks
 
     class Failing(Graph):
         def replay(self) -> None:
@@ -87,12 +118,15 @@ def test_a_failed_replay_of_a_graph_that_counts_switches_the_monitor_off() -> No
             if len(self.done) > 2:
                 raise RuntimeError("out of memory")
 
-    capture, graph, posted = SimpleNamespace(fuse=Fuse(logging.getLogger("test"))), Failing(), []
-    capture.of_replays = lambda sealed: lambda: posted.append(sealed)
-    _tell_before_replay(graph, capture, "sealed")
+    capture, graph, box = Hooks(Fuse(logging.getLogger("test"))), Failing(), Box()
+    capture.meter = meter = CudaMeter(range(2), 8, 2, "softmax", memory_limit=1 << 20)
+    meter.clean, meter.valid = True, 3
+    capture.watch_replays(graph, SimpleNamespace(mailbox=box, whole=True))
     graph.replay()
-    assert posted == ["sealed"] and not capture.fuse.blown
+    assert box.words[1] == 3 and not capture.fuse.blown
+    meter.counted = None
     graph.replay()
+    meter.counted = None
     with pytest.raises(RuntimeError, match="out of memory"):
         graph.replay()
     assert capture.fuse.blown and "out of memory" in capture.fuse.status.reason
@@ -100,7 +134,6 @@ def test_a_failed_replay_of_a_graph_that_counts_switches_the_monitor_off() -> No
 
 def test_the_end_of_a_capture_closes_what_is_open_before_torchs_own(monkeypatch) -> None:
     """Also with the fuse blown, and of graphs that nobody counts in."""
-    from moe_monitor.capture.cuda import CudaMeter
     from moe_monitor.capture.vllm import graphs
 
     order, captured = [], SimpleNamespace(mailbox=object())
@@ -123,7 +156,7 @@ def test_the_end_of_a_capture_closes_what_is_open_before_torchs_own(monkeypatch)
 
     meter.graphs.end_capture = end_capture
     capture = SimpleNamespace(fuse=Fuse(logging.getLogger("test")), timing=None, capturing=None, meter=meter)
-    capture.of_replays = lambda sealed: lambda: order.append(sealed)
+    capture.watch_replays = lambda graph, sealed: setattr(watch(graph), "before", lambda: order.append(sealed))
     with graphs.capturing(capture):
         assert meter.graphs.sealing
         counted, plain = Cuda(), Cuda()

@@ -13,9 +13,10 @@ import pytest
 
 pytest.importorskip("torch")
 
+from moe_monitor.capture import quick
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.vllm import runner_v2
-from moe_monitor.capture.vllm.hooks import StepHooks
+from moe_monitor.capture.vllm.hooks import Short
 from moe_monitor.capture.vllm.runners import SENTINEL
 
 
@@ -32,10 +33,11 @@ class Capture:
     def begin_step(self, scheduled: Any) -> None:
         self.said.append("step")
 
-    def of_steps(self) -> StepHooks:
-        return StepHooks(self.live, self.begin_step, self.begin_pass, self.end_pass)
+    def short(self) -> Short:
+        return Short(self.live, quick.Unmetered(), quick.Untimed())
 
-    def begin_pass(self, tokens: int) -> None:
+    def begin_pass(self, tokens: int, scheduled: Any) -> None:
+        assert sum(scheduled.values()) == tokens
         self.said.append(("pass", tokens))
 
     def begin_dummy(self) -> None:
@@ -71,8 +73,9 @@ class Runner:
         return self.prepared
 
 
-def output(**tokens: int) -> Any:
-    return SimpleNamespace(total_num_scheduled_tokens=sum(tokens.values()), num_scheduled_tokens=tokens)
+def output(*new: Any, **tokens: int) -> Any:
+    total = sum(tokens.values())
+    return SimpleNamespace(total_num_scheduled_tokens=total, num_scheduled_tokens=tokens, scheduled_new_reqs=list(new))
 
 
 @pytest.fixture
@@ -101,6 +104,8 @@ def test_a_pass_as_it_was_scheduled_of_requests_that_nobody_traces(runner: Any) 
     getattr(runner, SENTINEL).live.clear()
     runner.prepared = SimpleNamespace(num_tokens=4)
     runner.execute_model(output(a=3, b=1))
+    assert said(runner) == [("pass", 4), ("end", 4)]
+    runner.execute_model(output("a new one", a=3, b=1))
     assert said(runner) == ["step", ("pass", 4), ("end", 4)]
 
 
@@ -139,12 +144,17 @@ def test_graphs_are_named_by_the_managers_of_the_target_model(monkeypatch: pytes
     runner_v2.patch_graphs(SimpleNamespace(CudaGraphManager=Base, ModelCudaGraphManager=Target))  # type: ignore[arg-type]
     noted: list[Any] = []
     capture = SimpleNamespace(note_graph=lambda key=None: noted.append(key), begin_dummy=lambda: noted.append("dummy"))
+    capture.names_graphs = True
     monkeypatch.setattr(runner_v2, "_active", capture)
     Target().run_fullgraph("8 tokens")
     Target().run_pw_graph()
     Base().run_pw_graph()  # a draft model's
     assert (noted, ran) == ([("FULL", "8 tokens"), None], ["8 tokens", "pieces", "pieces"])
     noted.clear()
+    capture.names_graphs = False
+    Target().run_fullgraph("8 tokens")
+    Target().run_pw_graph()
+    assert noted == []
     assert Target().capture(lambda desc: capture.capturing) == ("FULL", "8 tokens")
     assert noted == ["dummy"] and capture.capturing is None
 

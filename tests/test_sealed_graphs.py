@@ -6,6 +6,7 @@ The oracle adds up what each replay left behind, token by token, in torch. With 
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import weakref
@@ -20,7 +21,7 @@ from moe_monitor.capture.cuda import CudaMeter  # noqa: E402
 from moe_monitor.capture.fuse import Fuse  # noqa: E402
 from moe_monitor.capture.kernels import Tallies, tally_reference  # noqa: E402
 from moe_monitor.capture.meter import accumulate  # noqa: E402
-from moe_monitor.capture.replays import watch  # noqa: E402
+from moe_monitor.capture.replays import shorten, watch  # noqa: E402
 from moe_monitor.capture.retained import Span  # noqa: E402
 from moe_monitor.capture.tallies import DeviceTallies, Owners  # noqa: E402
 from moe_monitor.layout import RowLayout  # noqa: E402
@@ -55,7 +56,9 @@ class Model:
             self.run(self.inputs[rows], rows)
             self.told[rows] = sealed = self.meter.graphs.end_capture(rows)
         assert sealed is not None
-        watch(graph).before = quick.before_replay(self.meter, sealed, self.fuse, self.meter.before_replay)
+        watched = watch(graph)
+        watched.before = functools.partial(self.meter.before_replay, sealed)
+        shorten(graph, functools.partial(quick.replaying, self.meter, sealed, self.fuse, watched))
         self.graphs[rows] = graph
 
 

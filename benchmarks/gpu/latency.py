@@ -105,12 +105,10 @@ class Steps:
 
 
 def replay_with_hooks(capture, key, replay, tokens: int) -> None:
-    hooks = capture.of_steps()
-    capture.timing.scheduled = dict.fromkeys(range(tokens), 1)
-    hooks.begin_pass(tokens)
+    capture.begin_pass(tokens, dict.fromkeys(range(tokens), 1))
     replay()
     capture.replayed = key
-    hooks.end_pass(tokens)
+    capture.end_pass(tokens)
 
 
 #: What does not lie between the model's kernels: the monitor's are on a branch beside them.

@@ -18,6 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_monitor.capture import quick
+from moe_monitor.capture.replays import Watched
+from moe_monitor.capture.vllm import runner_v1
+
 #: The monitor's kernels, on a branch of their own in a graph.
 OURS = ("_fetch_kernel", "_meter_kernel")
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -112,11 +116,16 @@ class Decode:
                     prompt_embeds=None,
                 )
             )
-        self._hooks, self._output = capture.of_steps(), self._output_with()
+        self._output = self._output_with()
+        self._runner = SimpleNamespace(
+            input_batch=self.batch, execute_model=self._execute, _model_forward=self._forward
+        )
+        runner_v1._patch_steps(self._runner, capture)
+        self._replays: Callable[[], None] = replay
         graph = capture.meter.graphs.found.get(key)
-        self._before = capture.of_replays(graph) if graph is not None and graph.sealed else None
+        self._posts = self._posting(graph) if graph is not None and graph.sealed else None
         if capture.tracer is not None:
-            self._hooks.begin_step(self._output_with(scheduled_new_reqs=new))
+            capture.begin_step(self._output_with(scheduled_new_reqs=new))
         self.live = 0 if capture.tracer is None else len(capture.tracer.live)
 
     def _output_with(self, **changes: Any) -> SimpleNamespace:
@@ -125,22 +134,31 @@ class Decode:
             num_scheduled_tokens=self._scheduled, total_num_scheduled_tokens=self._tokens, **{**self._none, **changes}
         )
 
-    def hooks(self, replay: Callable[[], None] | None) -> None:
-        capture, tokens = self._capture, self._tokens
-        live, begin_step, begin_pass, end_pass = self._hooks
-        begin_step(self._output)
-        begin_pass(tokens)
-        if live:
-            capture.trace_rows(self.batch, tokens, self._scheduled, tokens, "num_computed_tokens_cpu", None)
-        if replay is not None:
-            replay()
-        elif self._before is not None:
-            mailbox = capture.meter.graphs.mailbox
+    def _posting(self, graph: Any) -> Callable[[], None]:
+        """What its replay does but to replay; no launch will fetch it."""
+        capture, mailbox = self._capture, graph.mailbox
+        before = lambda _: capture.before_replay(graph)  # noqa: E731
+        post = quick.replaying(capture.meter, graph, capture.fuse, Watched(), lambda _: None, before)
+
+        def posts() -> None:
             posted = mailbox.posted
-            self._before()
-            mailbox.posted = posted  # no launch will fetch it
-        capture.replayed = self._key
-        end_pass(tokens)
+            post(None)
+            mailbox.posted = posted
+
+        return posts
+
+    # as in a model runner of V1
+
+    def _execute(self, _: Any) -> None:
+        self._runner._model_forward()
+
+    def _forward(self) -> None:
+        self._replays()
+        self._capture.replayed = self._key
+
+    def hooks(self, replay: Callable[[], None] | None) -> None:
+        self._replays = replay or self._posts or (lambda: None)
+        self._runner.execute_model(self._output)
 
     def step(self) -> None:
         self.hooks(self._replay)
@@ -246,10 +264,10 @@ class Passes:
         capture = self._capture
         begin, end = capture.begin_pass, capture.end_pass
 
-        def begin_pass(tokens: int) -> None:
+        def begin_pass(tokens: int, scheduled: Any) -> None:
             self._start = torch.cuda.Event(enable_timing=True)
             self._start.record()
-            begin(tokens)
+            begin(tokens, scheduled)
 
         def end_pass(tokens: int) -> None:
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -260,9 +278,13 @@ class Passes:
                 self.events.append((self._start, before, after))
 
         capture.begin_pass, capture.end_pass = begin_pass, end_pass
+        meter, cls = capture.meter, type(capture.meter)
+        # no pass is short, so these are called
+        meter.__class__ = type("Long", (cls,), {"clean": property(lambda _: False, lambda _, value: None)})
         try:
             yield self
         finally:
+            meter.__class__ = cls
             del capture.begin_pass, capture.end_pass  # the class's own again
 
     def take(self) -> list[tuple[float, float]]:

@@ -28,6 +28,7 @@ from torch import Tensor
 from moe_monitor.capture.ahead import PATIENCE, compile_beside
 from moe_monitor.capture.captured import Graphs
 from moe_monitor.capture.kernels import Launcher
+from moe_monitor.capture.quick import WHOLE
 from moe_monitor.capture.retained import Retained, Span, Suspects
 from moe_monitor.capture.sending import Ring, sender, wait_for
 from moe_monitor.capture.tallies import DeviceTallies
@@ -36,9 +37,6 @@ from moe_monitor.layout import RowLayout
 #: So many passes without a graph may be queued on the device, which reads where their decisions lie; a pass has up to a
 #: launch a layer.
 _PASSES = 4
-
-#: Where a router sees this rank's tokens and no others.
-_WHOLE = Span()
 
 
 class CudaMeter:
@@ -79,10 +77,12 @@ class CudaMeter:
         self._launcher: Launcher | None = None
         self._compiling: threading.Thread | None = None
         self._order = list(range(len(layers)))
-        self._pending: dict[int, tuple[Tensor, Tensor, Span]] = {}
+        #: Decisions of the pass in progress that are not counted yet, by layer: logits, ids, where its tokens lie.
+        self.pending: dict[int, tuple[Tensor, Tensor, Span]] = {}
         self._pending_bytes = 0
-        #: Whether the decisions of the pass in progress will all be counted at its end.
-        self._together = False
+        #: The layer whose decision comes next in a pass that is not timed and keeps them all until its end; -1 in any
+        #: other. 0: which of these it is, the first decision tells.
+        self.turn = -1
         self._done: set[int] = set()
         self.graphs = Graphs(len(self.layers), traced=tallies is not None)
         self._suspects = Suspects(pending_limit)
@@ -166,26 +166,17 @@ class CudaMeter:
         self.clean = False
         if self._launcher is None:
             self._set_up(logits, ids)
-        if layer in self._pending or layer in self._done:
+        if layer in self.pending or layer in self._done:
             raise RuntimeError(f"layer {self.layers[layer]} was routed twice in one pass")
         if self.fallback:
             logits, ids = logits.clone(), ids.clone()
         small = len(self.layers) * (logits.nbytes + ids.nbytes) <= self._pending_limit
-        self._together = layer == 0 and small and span == _WHOLE and not self.fallback
-        self._pending[layer] = (logits, ids, span)
+        alike = small and span == WHOLE and not self.fallback
+        self.turn = 1 if self.turn == layer == 0 and alike else -1
+        self.pending[layer] = (logits, ids, span)
         self._pending_bytes += logits.nbytes + ids.nbytes
         if self._pending_bytes > self._pending_limit:
             self._work_off(self.valid)
-
-    def collects_quickly(self, layer: int, logits: Tensor, ids: Tensor) -> bool:
-        """:meth:`collect` of a layer that comes after the one before, in a pass that is all this rank's and will be
-        counted at its end. False, and nothing is done, where that is not so. Waits for nothing.
-        """
-        pending = self._pending
-        if not self._together or not layer or layer != len(pending):
-            return False
-        pending[layer] = (logits, ids, _WHOLE)
-        return True
 
     def before_replay(self, graph: Retained) -> None:
         """A sealed graph is about to be replayed, in a pass that counts or in one that does not."""
@@ -194,7 +185,7 @@ class CudaMeter:
         if not self.valid:
             mailbox.post(0)
             return
-        if self.counted is not None or self._pending:
+        if self.counted is not None or self.pending:
             raise RuntimeError("a pass was counted twice")
         tokens = span.valid(self.valid)
         owners = None if self.tallies is None or not tokens else self.tallies.owners
@@ -234,6 +225,7 @@ class CudaMeter:
         self._forget_pass()
         self.valid = tokens
         self.clean = self.capture == "retain" and self._stream is not None
+        self.turn = 0 if self.clean else -1
         if self.graphs.control is not None:
             self.graphs.control.tell(tokens)
 
@@ -245,7 +237,7 @@ class CudaMeter:
 
     def begin_dummy(self) -> None:
         """A pass that must not be counted is about to run."""
-        self.valid = 0
+        self.valid, self.turn = 0, -1
         if self.graphs.control is not None:
             self.graphs.control.tell(0)
 
@@ -263,9 +255,9 @@ class CudaMeter:
             if self.tallies is not None:
                 self.tallies.launched_on(self._stream)
         if self.counted is not None:
-            if tokens != told or self._pending:
+            if tokens != told or self.pending:
                 raise RuntimeError(f"{told} tokens were counted in a graph, the pass had {tokens}")
-        elif key is not None and not self._pending:
+        elif key is not None and not self.pending:
             graph = self.graphs.complete(key)
             if graph is None:
                 return False
@@ -296,15 +288,16 @@ class CudaMeter:
 
     def _work_off(self, tokens: int) -> None:
         """Count the decisions at hand of a pass without a graph."""
-        if not self._pending:
+        if not self.pending:
             return
         assert self._launcher is not None
-        layers = list(self._pending)
-        first_logits, first_ids, span = self._pending[layers[0]]
-        strides = first_logits.stride(), first_ids.stride()
+        layers = list(self.pending)
+        first_logits, first_ids, span = self.pending[layers[0]]
+        logits_strides, ids_strides = first_logits.stride(), first_ids.stride()
         addresses = array("q")
-        for logits, ids, at in self._pending.values():
-            if (logits.stride(), ids.stride()) != strides or (at is not span and at != span):
+        for logits, ids, at in self.pending.values():
+            alike = logits.stride() == logits_strides and ids.stride() == ids_strides
+            if not alike or (at is not span and at != span):
                 raise RuntimeError("the layers' routers differ in form within one pass")
             addresses.append(logits.data_ptr())
             addresses.append(ids.data_ptr())
@@ -316,7 +309,7 @@ class CudaMeter:
             span.valid(tokens),
             row_start=span.start,
             row_of=None if whole else torch.tensor(layers, dtype=torch.int32).to(self._device, non_blocking=True),
-            strides=(strides[0][0], strides[1][0]),
+            strides=(logits_strides[0], ids_strides[0]),
             slot_of_row=self._owners(span, span.valid(tokens)),
         )
         self._done.update(layers)
@@ -324,19 +317,18 @@ class CudaMeter:
         self._let_go()
 
     def _let_go(self) -> None:
-        self._pending.clear()
+        self.pending.clear()
         self._pending_bytes = 0
 
     def _forget_pass(self) -> None:
         self._let_go()
         self._done.clear()
-        self._together = False
         self.counted = None
 
     @property
     def collecting(self) -> bool:
         """Whether decisions of the pass in progress wait to be counted: then it has no graph."""
-        return bool(self._pending)
+        return bool(self.pending)
 
     @property
     def rows_now(self) -> Tensor | None:

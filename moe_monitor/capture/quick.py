@@ -1,9 +1,11 @@
 """The short ways of the hooks, which most passes of a server take.
 
 Between two passes lie milliseconds of other work, so a hook finds nothing of its own in the processor's caches, and how
-long it takes is how much it touches: objects, and code no less. So for each place where vLLM is left there is one
-function here, with what it works with bound, that does all that most passes need. In any other pass it does nothing,
-and calls the general hook (``otherwise``) instead.
+long it takes is how much it touches: objects, and code no less, of which every call of a function is a good part. So
+where vLLM is left there is one function that does all that most passes need, with what it works with bound: here for
+replays and routers, in the seams of the model runners for what is around a pass. In any other pass it does nothing, and
+calls the general hook instead. The rule of all: a pass that begins with ``meter.clean`` is short, until something sets
+that to False.
 
 Nothing here waits, so nothing needs the guard against what hangs; what fails blows the fuse. Only what is told before a
 replay is in ``hook_seconds``: the rest are assignments, and to take the time would double theirs.
@@ -12,20 +14,24 @@ replay is in ``hook_seconds``: the rest are assignments, and to take the time wo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_monitor.capture.mailbox import AHEAD, PLACES
+from moe_monitor.capture.retained import Span
 
 if TYPE_CHECKING:
     from moe_monitor.capture.cuda import CudaMeter
     from moe_monitor.capture.fuse import Fuse
+    from moe_monitor.capture.replays import Replay, Watched
     from moe_monitor.capture.retained import Retained
     from moe_monitor.capture.tallies import Owners
 
-
 #: A pass that will not come.
 NEVER = 1 << 62
+
+#: Where a router sees this rank's tokens and no others.
+WHOLE = Span()
 
 
 class Timing(Protocol):
@@ -46,52 +52,29 @@ class Untimed:
     scheduled: Mapping[str, int] = {}
 
 
+class Unmetered:
+    """Where no pass is short: on CPUs, and where nothing is counted."""
+
+    clean = False
+    counted: Any = None
+    valid, passes, turn = 0, 0, -1
+
+
 class _Untraced:
     owners: Owners | None = None
 
 
-def begin_step(
-    live: Collection[str], timing: Timing, fuse: Fuse, otherwise: Callable[[Any], None]
-) -> Callable[[Any], None]:
-    """For every output of the scheduler. ``live``: the traced requests, as they come and go."""
-
-    def begin(scheduled: Any) -> None:
-        try:
-            if not fuse.blown and not live and not scheduled.scheduled_new_reqs:
-                timing.scheduled = scheduled.num_scheduled_tokens
-                return
-        except Exception as error:
-            fuse.blow("requests", error)
-        otherwise(scheduled)
-
-    return begin
-
-
-def begin_pass(meter: CudaMeter, timing: Timing, fuse: Fuse, otherwise: Callable[[int], None]) -> Callable[[int], None]:
-    """For every real pass of so many tokens."""
-
-    def begin(tokens: int) -> None:
-        passes = timing.passes + 1
-        if meter.clean and passes < timing.soonest and not fuse.blown:
-            timing.passes = passes
-            meter.counted, meter.valid = None, tokens
-        else:
-            otherwise(tokens)
-
-    return begin
-
-
-def before_replay(
-    meter: CudaMeter, graph: Retained, fuse: Fuse, otherwise: Callable[[Retained], None]
-) -> Callable[[], None]:
-    """For every replay of a sealed graph."""
+def replaying(
+    meter: CudaMeter, graph: Retained, fuse: Fuse, watched: Watched, own: Replay, otherwise: Replay
+) -> Replay:
+    """What replays a sealed graph: ``own`` is the replay of torch's, ``otherwise`` the one that is ``watched``."""
     mailbox, status = graph.mailbox, fuse.status
     tallies: Any = _Untraced() if meter.tallies is None else meter.tallies
     assert mailbox is not None
     words, begun, whole, clock = mailbox.words, mailbox.begun, graph.whole, time.perf_counter
 
-    def before() -> None:
-        start = clock()
+    def replay(self: Any) -> None:
+        start, posted_quickly = clock(), False
         try:
             tokens, posted, owners = meter.valid, mailbox.posted, tallies.owners
             if (
@@ -113,23 +96,39 @@ def before_replay(
                 mailbox.posted = posted + 1
                 meter.counted = graph
                 status.hook_seconds += clock() - start
-                return
+                posted_quickly = True
         except Exception as error:
             fuse.blow("record", error)
-        otherwise(graph)
+        if not posted_quickly:
+            otherwise(self)
+            return
+        try:
+            own(self)
+        except Exception as error:
+            if watched.failed is not None:
+                watched.failed(error)
+            raise
 
-    return before
+    return replay
 
 
-def end_pass(meter: CudaMeter, fuse: Fuse, otherwise: Callable[[int], None]) -> Callable[[int], None]:
-    """For every real pass that has run, with so many tokens."""
+Routing = Callable[..., tuple[Any, Any]]
 
-    def end(tokens: int) -> None:
-        # then the graph has counted them
-        if meter.clean and meter.counted is not None and meter.valid == tokens and not fuse.blown:
-            meter.valid = 0
-            meter.passes += 1
-        else:
-            otherwise(tokens)
 
-    return end
+def routing(meter: CudaMeter, position: int, original: Routing, otherwise: Routing) -> Routing:
+    """A router in a pass without a graph: the decision of a layer that comes after the one before (``meter.turn``) is
+    kept, as :meth:`~moe_monitor.capture.cuda.CudaMeter.collect` would, for the end of the pass. The first layer's is
+    not: it decides whether the pass is short for those behind it. ``original`` is vLLM's, ``otherwise`` the general
+    hook around it.
+    """
+    pending, following = meter.pending, position + 1
+
+    def compute_routing(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if meter.turn != position or not position:
+            return otherwise(hidden_states, router_logits, *args, **kwargs)
+        decision = original(hidden_states, router_logits, *args, **kwargs)
+        pending[position] = router_logits, decision[1], WHOLE
+        meter.turn = following
+        return decision
+
+    return compute_routing

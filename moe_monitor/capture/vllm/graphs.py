@@ -5,7 +5,6 @@ At that moment the branch that counts the pass must be closed, and a copy for ti
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_monitor.capture.cuda import CudaMeter
-from moe_monitor.capture.replays import watch
 from moe_monitor.capture.retained import Retained
 from moe_monitor.capture.vllm.context import graph_key
 
@@ -44,7 +42,7 @@ def capturing(capture: Capture) -> Iterator[None]:
         original(graph)
         if sealed is not None:
             with capture.fuse.guard("record", serving=False):
-                _tell_before_replay(graph, capture, sealed)
+                capture.watch_replays(graph, sealed)
 
     if timing is not None:
         timing.before_graphs()
@@ -61,10 +59,3 @@ def capturing(capture: Capture) -> Iterator[None]:
                 capture.meter.graphs.after_capture()
         if timing is not None:
             timing.after_graphs()
-
-
-def _tell_before_replay(graph: Any, capture: Capture, sealed: Retained) -> None:
-    watched = watch(graph)
-    watched.before = capture.of_replays(sealed)
-    # the device would look for the next pass where this one was posted
-    watched.failed = functools.partial(capture.fuse.blow, "record")

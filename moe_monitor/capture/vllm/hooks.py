@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Collection, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from moe_monitor.capture.clock import ROUTE_END
 from moe_monitor.capture.cuda import CudaMeter
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.meter import Meter
+from moe_monitor.capture.replays import shorten, watch
 from moe_monitor.capture.requests import New, Tracer
 from moe_monitor.capture.retained import Retained
 from moe_monitor.capture.vllm.context import NotLive, Parallel, graph_key
@@ -34,15 +36,14 @@ def _new(request: Any) -> New:
     return New(request.req_id, length, request.num_computed_tokens, _extra_args(request))
 
 
-class StepHooks(NamedTuple):
-    """See the methods of :class:`Hooks`. ``live``: the traced requests; while there are none, nobody asks whose rows
-    are whose.
+class Short(NamedTuple):
+    """What the short ways around a pass work with (:mod:`moe_monitor.capture.quick`). ``live``: the traced requests;
+    while there are none, a step that brings none needs no :meth:`Hooks.begin_step`, nor anybody whose rows are whose.
     """
 
     live: Collection[str]
-    begin_step: Callable[[Any], None]
-    begin_pass: Callable[[int], None]
-    end_pass: Callable[[int], None]
+    meter: CudaMeter | quick.Unmetered
+    timing: quick.Timing
 
 
 class Hooks:
@@ -68,24 +69,22 @@ class Hooks:
         self.capturing: Hashable | None = None
         #: Key of the graph that was replayed in this pass, likewise.
         self.replayed: Hashable | None = None
+        #: Whether :meth:`note_graph` must be told of the graphs of the pass in progress.
+        self.names_graphs = True
 
-    def of_steps(self) -> StepHooks:
-        """Those of each step, with the short ways of most passes before them where there are such."""
-        meter, timing = self.meter, self.timing or quick.Untimed()
-        live = {} if self.tracer is None else self.tracer.live
-        if not isinstance(meter, CudaMeter):
-            return StepHooks(live, self.begin_step, self.begin_pass, self.end_pass)
-        return StepHooks(
-            live,
-            quick.begin_step(live, timing, self.fuse, self.begin_step),
-            quick.begin_pass(meter, timing, self.fuse, self.begin_pass),
-            quick.end_pass(meter, self.fuse, self.end_pass),
-        )
+    def short(self) -> Short:
+        """For the seams of the model runners, once the monitor is attached."""
+        meter = self.meter if isinstance(self.meter, CudaMeter) else quick.Unmetered()
+        return Short({} if self.tracer is None else self.tracer.live, meter, self.timing or quick.Untimed())
 
-    def of_replays(self, graph: Retained) -> Callable[[], None]:
-        """For those of a sealed graph."""
+    def watch_replays(self, graph: Any, sealed: Retained) -> None:
+        """Of ``graph``, torch's, which counts by itself."""
         assert isinstance(self.meter, CudaMeter)
-        return quick.before_replay(self.meter, graph, self.fuse, self.before_replay)
+        watched = watch(graph)
+        watched.before = functools.partial(self.before_replay, sealed)
+        # the device would look for the next pass where this one was posted
+        watched.failed = functools.partial(self.fuse.blow, "record")
+        shorten(graph, functools.partial(quick.replaying, self.meter, sealed, self.fuse, watched))
 
     def observe(self, layer: int, logits: torch.Tensor, ids: torch.Tensor) -> None:
         """A router has decided, on a CPU; called in every pass, real or not."""
@@ -109,14 +108,6 @@ class Hooks:
         if self.fuse.blown or not isinstance(meter, CudaMeter):
             return
         if meter.valid:  # no graph is captured in a real pass, and asking takes its time
-            start = time.perf_counter()
-            try:
-                if meter.collects_quickly(layer, logits, ids):
-                    self.fuse.status.hook_seconds += time.perf_counter() - start
-                    return
-            except Exception as error:
-                self.fuse.blow("record", error)
-                return
             with self.fuse.guard("record"):
                 if layer == 0:
                     graph_key()  # for what it refuses
@@ -136,11 +127,9 @@ class Hooks:
         if self.fuse.blown:
             return
         tracer = self.tracer
+        if tracer is None:
+            return
         try:  # most requests are not traced, and the guard would take longer than to see that
-            if self.timing is not None:
-                self.timing.scheduled = scheduled.num_scheduled_tokens
-            if tracer is None:
-                return
             fresh, finished = scheduled.scheduled_new_reqs, scheduled.finished_req_ids
             preempted, traced = scheduled.preempted_req_ids, []
             if fresh:
@@ -177,28 +166,33 @@ class Hooks:
             positions = getattr(batch, computed)
             tracer.rows(batch.req_ids, rows, scheduled, positions, total=total, index=index, starts=self._starts)
 
-    def begin_pass(self, tokens: int) -> None:
-        """A real pass of ``tokens`` tokens is about to run."""
+    def begin_pass(self, tokens: int, scheduled: Mapping[str, int]) -> None:
+        """A real pass of ``tokens`` tokens is about to run; ``scheduled`` were so many by request id."""
         timing = self.timing
         if self.fuse.blown:
             if timing is not None:
                 timing.dummy()
             return
-        self.replayed = None
+        self.replayed, self.names_graphs = None, True
         meter = self.meter
         if meter is not None:
             with self.fuse.guard("record"):
                 meter.begin_pass(tokens)
         if timing is not None:
+            timing.scheduled = scheduled
             timing.begin(tokens)
-            if timing.sampling and isinstance(meter, CudaMeter):
-                meter.clean = False
+        if isinstance(meter, CudaMeter):
+            timed = timing is not None and timing.sampling
+            if timed:
+                meter.clean, meter.turn = False, -1
+            self.names_graphs = timed or not meter.graphs.all_sealed
 
     def note_graph(self, key: Hashable | None = None) -> None:
-        """A graph is about to be replayed or captured; None: the one that the forward context names, in pieces."""
-        meter, timing = self.meter, self.timing
-        nobody_asks = isinstance(meter, CudaMeter) and meter.graphs.all_sealed and not (timing and timing.sampling)
-        if self.fuse.blown or nobody_asks:
+        """A graph is about to be replayed or captured; None: the one that the forward context names, in pieces. Need
+        not be called unless :attr:`names_graphs`.
+        """
+        meter = self.meter
+        if self.fuse.blown:
             return
         with self.fuse.guard("record"):
             self.replayed = graph_key() if key is None else key

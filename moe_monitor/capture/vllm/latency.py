@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_monitor.capture.clock import ENTER, GATE_BEGIN, GATE_END, LEAVE, ROUTE_BEGIN, HostClock, Work, kind_of
+from moe_monitor.capture.cuda import CudaMeter
 from moe_monitor.capture.device_clock import DeviceClock
 from moe_monitor.capture.driver import Driver
 from moe_monitor.capture.fuse import Guard
-from moe_monitor.capture.quick import NEVER
+from moe_monitor.capture.quick import NEVER, Unmetered
 from moe_monitor.capture.vllm import op
 from moe_monitor.latency import LatencyTable
 
@@ -90,16 +91,22 @@ class Timing:
                 self._count, self._every, self._work, self._experts, width=width, device=device, driver=Driver()
             )
             self.table = clock.table
+            meter = self._capture.meter
+            short = meter if isinstance(meter, CudaMeter) else Unmetered()
             for position, (_, runner) in enumerate(layers):
                 outside = getattr(parents[position], "gate", None) if runner.gate is None else None
-                wrap(runner, "_forward_impl", self._layer(position, runner, outside))
+                wrap(runner, "_forward_impl", self._layer(position, runner, outside, short))
                 if runner.gate is not None:
-                    wrap(runner.gate, "forward", self._gate(position, runner.gate))
+                    wrap(runner.gate, "forward", self._gate(position, runner.gate, short))
 
-    def _layer(self, position: int, runner: Any, gate: Any) -> Callable[..., Any]:
+    # (``short``: the meter, whose turn it is in a pass that is not timed)
+
+    def _layer(self, position: int, runner: Any, gate: Any, short: CudaMeter | Unmetered) -> Callable[..., Any]:
         original = runner._forward_impl
 
         def forward_impl(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> Any:
+            if short.turn == position:
+                return original(hidden_states, router_logits, *args, **kwargs)
             clock = self.noting
             if clock is None:
                 return original(hidden_states, router_logits, *args, **kwargs)
@@ -115,10 +122,12 @@ class Timing:
 
         return forward_impl
 
-    def _gate(self, position: int, gate: Any) -> Callable[..., Any]:
+    def _gate(self, position: int, gate: Any, short: CudaMeter | Unmetered) -> Callable[..., Any]:
         original = gate.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if short.turn == position:
+                return original(*args, **kwargs)
             self.point(position, GATE_BEGIN)
             result = original(*args, **kwargs)
             self.point(position, GATE_END)

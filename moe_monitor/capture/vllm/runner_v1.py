@@ -29,25 +29,39 @@ def patch_cpu(module: ModuleType) -> None:
 
 def _patch_steps(runner: Any, capture: Capture) -> None:
     execute_model, model_forward = runner.execute_model, runner._model_forward
-    live, begin_step, begin_pass, end_pass = capture.of_steps()
-    scheduled, per_request = 0, {}
+    fuse, begin_step, (live, meter, timing) = capture.fuse, capture.begin_step, capture.short()
+    scheduled: Any = None
 
     @functools.wraps(execute_model)
     def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal scheduled, per_request
-        scheduled, per_request = scheduler_output.total_num_scheduled_tokens, scheduler_output.num_scheduled_tokens
-        begin_step(scheduler_output)
+        nonlocal scheduled
+        scheduled = scheduler_output
+        try:
+            if not fuse.blown and (live or scheduler_output.scheduled_new_reqs):
+                begin_step(scheduler_output)
+        except Exception as error:
+            fuse.blow("requests", error)
         return execute_model(scheduler_output, *args, **kwargs)
 
     @functools.wraps(model_forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        begin_pass(scheduled)
+        tokens, passes = scheduled.total_num_scheduled_tokens, timing.passes + 1
+        if meter.clean and passes < timing.soonest and not fuse.blown:  # most passes: see quick.py
+            timing.passes = passes
+            meter.counted, meter.valid, meter.turn = None, tokens, 0
+        else:
+            capture.begin_pass(tokens, scheduled.num_scheduled_tokens)
         if live:
             batch = getattr(runner, "input_batch", None)
             starts = getattr(runner, "query_start_loc", None)
-            capture.trace_rows(batch, scheduled, per_request, scheduled, "num_computed_tokens_cpu", starts)
+            per_request = scheduled.num_scheduled_tokens
+            capture.trace_rows(batch, tokens, per_request, tokens, "num_computed_tokens_cpu", starts)
         result = model_forward(*args, **kwargs)
-        end_pass(scheduled)
+        if meter.clean and meter.counted is not None and meter.valid == tokens and not fuse.blown:
+            meter.valid = 0
+            meter.passes += 1
+        else:
+            capture.end_pass(tokens)
         return result
 
     runner.execute_model = execute

@@ -31,25 +31,37 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
     execute_model, prepare_inputs = runner.execute_model, getattr(runner, "prepare_inputs", None)
     if prepare_inputs is None:
         capture.tracer = None  # counting does without it, tracing requests does not
-    live, begin_step, begin_pass, end_pass = capture.of_steps()
-    begun = 0  # tokens, as the pass in progress was told
+    fuse, begin_step, (live, meter, timing) = capture.fuse, capture.begin_step, capture.short()
+    begun = prepared = 0  # tokens, as the pass in progress was told, and of the batch that it was given
 
     @functools.wraps(execute_model)
     def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # (scheduler_output, intermediate_tensors=None, dummy_run=False, ...)
-        nonlocal begun
+        nonlocal begun, prepared
         tokens = scheduler_output.total_num_scheduled_tokens
         made_up = capture.warming_up or kwargs.get("dummy_run", len(args) > 1 and args[1])
         if made_up or tokens == 0:
             capture.begin_dummy()
             if not made_up:
-                begin_step(scheduler_output)  # requests may have finished
+                begin_step(scheduler_output)  # traced requests may have finished
             return execute_model(scheduler_output, *args, **kwargs)
-        begun = tokens
-        begin_step(scheduler_output)
-        begin_pass(tokens)
+        begun, prepared, passes = tokens, 0, timing.passes + 1
+        try:
+            if not fuse.blown and (live or scheduler_output.scheduled_new_reqs):
+                begin_step(scheduler_output)
+        except Exception as error:
+            fuse.blow("requests", error)
+        if meter.clean and passes < timing.soonest and not fuse.blown:  # most passes: see quick.py
+            timing.passes = passes
+            meter.counted, meter.valid, meter.turn = None, tokens, 0
+        else:
+            capture.begin_pass(tokens, scheduler_output.num_scheduled_tokens)
         result = execute_model(scheduler_output, *args, **kwargs)
-        if capture.fuse.blown:
+        if fuse.blown:
+            return result
+        if meter.clean and meter.counted is not None and meter.valid == prepared == tokens:
+            meter.valid = 0
+            meter.passes += 1
             return result
         ran = None
         try:
@@ -58,9 +70,9 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
                 # Adaptive verification may drop draft tokens that were scheduled.
                 ran = int(state.input_batch.num_tokens)
         except Exception as error:
-            capture.fuse.blow("record", error)
+            fuse.blow("record", error)
         if ran is not None:
-            end_pass(ran)
+            capture.end_pass(ran)
         return result
 
     runner.execute_model = execute
@@ -70,14 +82,16 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
     @functools.wraps(prepare_inputs)
     def prepare(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # Never called for dummy passes; what it returns tells the order of the rows.
+        nonlocal prepared
         batch = prepare_inputs(scheduler_output, *args, **kwargs)
-        if capture.warming_up or capture.fuse.blown:
+        if capture.warming_up or fuse.blown:
             return batch
         try:
-            if batch.num_tokens != begun:
+            prepared = batch.num_tokens
+            if prepared != begun:
                 capture.batch_is(batch)
         except Exception as error:
-            capture.fuse.blow("record", error)
+            fuse.blow("record", error)
         if live:
             starts = getattr(batch, "query_start_loc_np", None)
             per_request, total = scheduler_output.num_scheduled_tokens, scheduler_output.total_num_scheduled_tokens
@@ -133,13 +147,13 @@ def patch_graphs(module: ModuleType) -> None:
 
     @functools.wraps(replay)
     def run_fullgraph(self: Any, desc: Any) -> Any:
-        if _active is not None:
+        if _active is not None and _active.names_graphs:
             _active.note_graph(("FULL", desc))
         return replay(self, desc)
 
     @functools.wraps(run_piecewise)
     def run_pw_graph(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _active is not None and isinstance(self, manager):
+        if _active is not None and _active.names_graphs and isinstance(self, manager):
             _active.note_graph()
         return run_piecewise(self, *args, **kwargs)
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_monitor.capture import quick
 from moe_monitor.capture.clock import ROUTE_BEGIN, ROUTE_END
+from moe_monitor.capture.cuda import CudaMeter
 
 if TYPE_CHECKING:
     from moe_monitor.capture.vllm.attach import Capture
@@ -65,7 +67,7 @@ def opaque_routing(router: Any, position: int, capture: Capture) -> Routing:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         timing = capture.timing
         if timing is not None and timing.noting is None:
-            timing = None  # most passes are not timed: one look for both points
+            timing = None  # one look for both points
         if timing is not None:
             timing.point(position, ROUTE_BEGIN)
         weights, ids = original(hidden_states, router_logits, *args, **kwargs)
@@ -74,4 +76,7 @@ def opaque_routing(router: Any, position: int, capture: Capture) -> Routing:
         capture.observe_cuda(position, router_logits, ids)
         return weights, ids
 
-    return compute_routing
+    meter = capture.meter
+    if not isinstance(meter, CudaMeter):
+        return compute_routing
+    return quick.routing(meter, position, original, compute_routing)

@@ -14,7 +14,7 @@ replay is in ``hook_seconds``: the rest are assignments, and to take the time wo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_monitor.capture.mailbox import AHEAD, PLACES
@@ -35,21 +35,16 @@ WHOLE = Span()
 
 
 class Timing(Protocol):
-    """``passes`` have begun, of which none before the one with the number ``soonest`` is timed.
-
-    ``scheduled``: tokens by request of the step to come.
-    """
+    """``passes`` have begun, of which none before the one with the number ``soonest`` is timed."""
 
     passes: int
     soonest: int
-    scheduled: Mapping[str, int]
 
 
 class Untimed:
     """Where nothing is timed."""
 
     passes, soonest = 0, NEVER
-    scheduled: Mapping[str, int] = {}
 
 
 class Unmetered:

@@ -48,7 +48,9 @@ def shorten(graph: Any, replaying: Callable[[Replay, Replay], Replay]) -> None:
     watched: Any = type(graph)
     if "replay" not in graph.__dict__:
         (own,) = watched.__bases__
-        graph.__class__ = type(own.__name__, (watched,), {"replay": replaying(own.replay, watched.replay)})
+        if _NAME in watched.__dict__:  # the graph has one already
+            watched, (own,) = own, own.__bases__
+        graph.__class__ = type(own.__name__, (watched,), {"replay": replaying(own.replay, watched.replay), _NAME: True})
 
 
 @functools.cache

@@ -133,10 +133,9 @@ KNOBS: tuple[Knob, ...] = (
     Knob("ENABLED", "1", "0 or 1", "0 leaves vLLM untouched: nothing patched, nothing allocated.", _boolean),
     Knob(
         "INTERVAL",
-        "1",
+        "0.5",
         "0.05 to 60 seconds",
-        "How often a worker publishes its counters. The end of a burst is visible a second after its last step, or "
-        "this long if that is sooner.",
+        "How often a worker publishes its counters. A burst is visible at most this long after its last step.",
         _number(0.05, 60),
     ),
     Knob(

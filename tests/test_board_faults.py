@@ -189,34 +189,6 @@ def until(condition, seconds=5.0):
         time.sleep(0.01)
 
 
-class Running(Counts):
-    """One more pass whenever somebody looks, while ``running``."""
-
-    running, _passes = True, 0
-
-    @property
-    def passes(self):
-        self._passes += self.running
-        return self._passes
-
-
-def test_what_has_come_to_rest_is_published_long_before_its_time(directory):
-    publishing, source = publisher(directory, Fuse(logging.getLogger("test")), interval=60), Running()
-    try:
-        publishing._source = source
-        end = time.monotonic() + 1.5
-        while time.monotonic() < end:
-            assert publishing._published <= 0, "while passes are run it has time"
-            time.sleep(0.05)
-        source.running = False
-        until(lambda: publishing._published == source.passes)
-        (path,) = board_paths(directory)
-        with BoardReader(path) as board:
-            assert board.read("routing").arrays["rows"].max() == source.passes > 2
-    finally:
-        publishing.close()
-
-
 def test_a_write_that_fails_switches_the_monitor_off_and_its_board_goes(directory, monkeypatch):
     fuse = Fuse(logging.getLogger("test"))
     publishing = publisher(directory, fuse)

@@ -385,7 +385,7 @@ def test_a_worker_hands_over_when_it_is_idle_when_it_is_time_and_when_slots_run_
         logger=logging.getLogger("test"),
     )
     publisher.close()
-    publisher._requests, publisher._looked = requests, -math.inf
+    publisher._requests = requests
     due: list[int] = []
     for look in range(20):
         source.passes += look < 12 or look > 14  # no pass in the looks 12 to 14

@@ -12,7 +12,7 @@ from moe_monitor.settings import SettingsError, load
 def test_defaults() -> None:
     settings = load({})
     assert settings.enabled
-    assert settings.interval == 1
+    assert settings.interval == 0.5
     assert settings.dir.is_absolute()
 
 

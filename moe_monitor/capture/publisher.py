@@ -70,15 +70,14 @@ DROPPED = {
     "latency_samples": "a timed pass was given up because earlier ones were not yet worked off",
 }
 
-#: It is looked so often, in seconds, whether passes are run and requests have finished; twice as often while these
-#: press. While passes are run requests are gathered for so long: taking them off the device costs the model's thread
+#: Finished requests are looked for so often, in seconds, whatever the publishing interval, and twice as often while
+#: they press. While passes are run they are gathered for so long: taking them off the device costs the model's thread
 #: some of Python's lock, however few they are.
 HAND_OVER, GATHER = 0.4, 2.0
 
 
 class Publisher:
-    """Publishes a source to a board every ``interval`` seconds, when it has come to rest, and at once when the fuse
-    blows.
+    """Publishes a source to a board every ``interval`` seconds, and at once when the fuse blows.
 
     The board is made here, so that whoever asks finds the status of an inactive monitor too. ``source`` is None
     where there is nothing to count, ``timings`` where nothing is timed. Raises BoardError when it cannot be made.
@@ -118,10 +117,8 @@ class Publisher:
         self._records = RecordWriter(self._board, segments)
         remove_dead_boards(directory)
         self._published = -1
-        #: Passes at the last look, when that was, and whether there were none since the one before.
-        self._passes, self._looked, self._quiet = -1, -math.inf, False
-        #: When no finished request was waiting.
-        self._empty_at = time.monotonic()
+        #: Passes at the last look for finished requests, when that was, and when there were none.
+        self._passes, self._looked, self._empty_at = -1, -math.inf, time.monotonic()
         self._missing = False
         self._said: set[str] = set()
         self._wake = threading.Event()
@@ -135,15 +132,14 @@ class Publisher:
         due = time.monotonic() + self._interval
         while not self._stopping:
             wait = due - time.monotonic()
-            if self._source is not None:
-                pressing = self._requests is not None and self._requests.pressing
-                wait = min(wait, HAND_OVER / 2 if pressing else HAND_OVER)
+            if self._requests is not None:
+                wait = min(wait, HAND_OVER / 2 if self._requests.pressing else HAND_OVER)
             woken = self._wake.wait(max(0.0, wait))
             self._wake.clear()
             self._fuse.interrupt_hung()
             try:
                 finished = self.has_gathered(time.monotonic())
-                if woken or finished or self._rests_unseen or time.monotonic() >= due:
+                if woken or finished or time.monotonic() >= due:
                     due = time.monotonic() + self._interval
                     self.publish()  # before the requests: whoever sees them also sees the load that they are part of
                 if finished and not self._missing:
@@ -155,21 +151,17 @@ class Publisher:
 
     def has_gathered(self, now: float) -> bool:
         """Whether it is time to :meth:`hand_over`. ``now``: monotonic, seconds."""
-        requests, source, self._quiet = self._requests, self._source, False
-        if source is None:
+        requests, source = self._requests, self._source
+        if requests is None or source is None:
             return False
+        quiet = False
         if now - self._looked >= 0.75 * HAND_OVER:  # a pass may take longer than this thread sleeps
             passes = source.passes
-            self._quiet, self._passes, self._looked = passes == self._passes, passes, now
-        if requests is None or not requests.pending:
+            quiet, self._passes, self._looked = passes == self._passes, passes, now
+        if not requests.pending:
             self._empty_at = now
             return False
-        return self._quiet or requests.pressing or now - self._empty_at >= GATHER
-
-    @property
-    def _rests_unseen(self) -> bool:
-        """Whether no passes are run any more, and not all that were are published."""
-        return self._quiet and self._passes != self._published
+        return quiet or requests.pressing or now - self._empty_at >= GATHER
 
     @property
     def pending(self) -> bool:

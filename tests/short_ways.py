@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from moe_monitor.capture import quick
+from moe_monitor.capture.vllm.hooks import Short
+
 
 class Box:
     """A mailbox with a device that keeps up."""
@@ -25,26 +28,28 @@ def output(*new, **tokens):
 
 
 class Capture:
-    """Notes which general hooks are called."""
+    """Notes which general hooks the seam of a model runner calls. No pass is short unless there is a ``meter``."""
 
-    def __init__(self, fuse, meter, timing) -> None:
-        self.fuse, self.meter, self.timing, self.live = fuse, meter, timing, {}
+    def __init__(self, fuse, meter=None, timing=None) -> None:
+        self.fuse, self.live = fuse, {}
+        self.meter, self.timing = meter or quick.Unmetered(), timing or quick.Untimed()
         self.warming_up, self.tracer, self.said = False, object(), []
 
     def short(self):
-        return self.live, self.meter, self.timing
+        return Short(self.live, self.meter, self.timing)
 
     def begin_step(self, scheduled) -> None:
         self.said.append("step")
 
     def begin_pass(self, tokens, scheduled) -> None:
-        self.said.append(("pass", tokens, scheduled))
+        assert sum(scheduled.values()) == tokens
+        self.said.append(("pass", tokens))
 
-    def trace_rows(self, *args) -> None:
-        self.said.append("rows")
+    def trace_rows(self, batch, *_) -> None:
+        self.said.append(("rows", batch))
 
     def batch_is(self, batch) -> None:
-        self.said.append(("batch", batch.num_tokens))
+        self.said.append(("batch", batch))
 
     def end_pass(self, tokens) -> None:
         self.said.append(("end", tokens))
@@ -54,6 +59,8 @@ class Capture:
 
 
 class RunnerV1:
+    """Its passes do no more than to replay a graph."""
+
     def __init__(self, replays) -> None:
         self._replays = replays
 
@@ -65,17 +72,21 @@ class RunnerV1:
 
 
 class RunnerV2:
-    """``prepared``: tokens of the batch; None: as many as were scheduled."""
+    """As vLLM's: inputs are prepared for all passes but dummies; a pass leaves its batch behind, or ``state``.
+    ``prepared``: its batch; None: one of as many tokens as were scheduled.
+    """
 
-    prepared: int | None = None
+    execute_model_state = state = prepared = None
 
-    def __init__(self, replays) -> None:
+    def __init__(self, replays=lambda: None) -> None:
         self._replays = replays
 
-    def execute_model(self, scheduler_output) -> None:
-        self.execute_model_state = SimpleNamespace(input_batch=self.prepare_inputs(scheduler_output))
-        self._replays()
+    def execute_model(self, scheduler_output, intermediate_tensors=None, dummy_run=False) -> None:
+        self.execute_model_state = None
+        if scheduler_output.total_num_scheduled_tokens and not dummy_run:
+            batch = self.prepare_inputs(scheduler_output)
+            self._replays()
+            self.execute_model_state = self.state or SimpleNamespace(input_batch=batch)
 
     def prepare_inputs(self, scheduler_output):
-        tokens = scheduler_output.total_num_scheduled_tokens if self.prepared is None else self.prepared
-        return SimpleNamespace(num_tokens=tokens)
+        return self.prepared or SimpleNamespace(num_tokens=scheduler_output.total_num_scheduled_tokens)

@@ -295,7 +295,8 @@ def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() 
         routers = [SimpleNamespace(_compute_routing=lambda _, logits, i=i: (None, ids[i])) for i in range(LAYERS)]
         routing = [opaque_routing(router, i, capture) for i, router in enumerate(routers)]
         short.append(device.meter.clean)
-        runner.prepared, runner._replays = tokens, lambda: run(key, logits, ids, routing)
+        runner._replays = lambda: run(key, logits, ids, routing)
+        runner.prepared = SimpleNamespace(num_tokens=tokens)
         runner.execute_model(output(a=scheduled or tokens))
         device.count(logits, ids, 0, tokens)
 
@@ -332,6 +333,10 @@ def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() 
     post(device.meter, device.sealed["b"][0][0], capture.fuse, capture.before_replay)
     capture.end_pass(2)
     assert capture.fuse.blown and "3 tokens were counted in a graph" in capture.fuse.status.reason
+    device.meter.pending[0] = "a decision of the pass in which that happened"
+    device.meter.turn = 1
+    capture.begin_pass(3, {"a": 3})
+    assert not device.meter.pending and device.meter.turn == -1, "once it is off, nothing is held"
     capture.fuse = Fuse(logging.getLogger("test"))
     capture.batch_is("not what vLLM says it is")
     assert "num_tokens" in capture.fuse.status.reason

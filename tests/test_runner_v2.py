@@ -13,77 +13,20 @@ import pytest
 
 pytest.importorskip("torch")
 
-from moe_monitor.capture import quick
+from short_ways import Capture, RunnerV2, output
+
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.vllm import runner_v2
-from moe_monitor.capture.vllm.hooks import Short
 from moe_monitor.capture.vllm.runners import SENTINEL
-
-
-class Capture:
-    """Records what the seam says of each pass."""
-
-    def __init__(self) -> None:
-        self.warming_up = False
-        self.said: list[Any] = []
-        self.tracer = object()
-        self.live = {"a": "a traced request"}
-        self.fuse = Fuse(logging.getLogger("test"))
-
-    def begin_step(self, scheduled: Any) -> None:
-        self.said.append("step")
-
-    def short(self) -> Short:
-        return Short(self.live, quick.Unmetered(), quick.Untimed())
-
-    def begin_pass(self, tokens: int, scheduled: Any) -> None:
-        assert sum(scheduled.values()) == tokens
-        self.said.append(("pass", tokens))
-
-    def begin_dummy(self) -> None:
-        self.said.append("dummy")
-
-    def batch_is(self, batch: Any) -> None:
-        self.said.append(("batch", batch))
-
-    def trace_rows(
-        self, batch: Any, tokens: int | None, scheduled: Any, total: int, computed: str, starts: Any
-    ) -> None:
-        self.said.append(("rows", batch))
-
-    def end_pass(self, tokens: int) -> None:
-        self.said.append(("end", tokens))
-
-
-class Runner:
-    """As vLLM's: inputs are prepared for all passes but dummies; a pass leaves its batch behind."""
-
-    execute_model_state: Any = None
-    state: Any = None
-    prepared: Any = SimpleNamespace(num_tokens=3)
-
-    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None, dummy_run: bool = False) -> None:
-        self.execute_model_state = None
-        if scheduler_output.total_num_scheduled_tokens and not dummy_run:
-            self.prepare_inputs(scheduler_output)
-            tokens = scheduler_output.total_num_scheduled_tokens
-            self.execute_model_state = self.state or SimpleNamespace(input_batch=SimpleNamespace(num_tokens=tokens))
-
-    def prepare_inputs(self, scheduler_output: Any) -> Any:
-        return self.prepared
-
-
-def output(*new: Any, **tokens: int) -> Any:
-    total = sum(tokens.values())
-    return SimpleNamespace(total_num_scheduled_tokens=total, num_scheduled_tokens=tokens, scheduled_new_reqs=list(new))
 
 
 @pytest.fixture
 def runner() -> Any:
-    made: Any = Runner()
-    capture = Capture()
+    made: Any = RunnerV2()
+    capture = Capture(Fuse(logging.getLogger("test")))
+    capture.live["a"] = "a traced request"
     setattr(made, SENTINEL, capture)
-    runner_v2._patch_steps(made, capture)  # type: ignore[arg-type]
+    runner_v2._patch_steps(made, capture)
     yield made
     runner_v2._active = None
 
@@ -95,14 +38,13 @@ def said(runner: Any) -> list[Any]:
 
 
 def test_a_real_pass(runner: Any) -> None:
+    batch = runner.prepared = SimpleNamespace(num_tokens=3)  # fewer than were scheduled
     runner.execute_model(output(a=3, b=1))
-    batch = runner.prepared  # of fewer tokens than were scheduled
-    assert said(runner) == ["step", ("pass", 4), ("batch", batch), ("rows", batch), ("end", 4)]
+    assert said(runner) == ["step", ("pass", 4), ("batch", batch), ("rows", batch), ("end", 3)]
 
 
 def test_a_pass_as_it_was_scheduled_of_requests_that_nobody_traces(runner: Any) -> None:
     getattr(runner, SENTINEL).live.clear()
-    runner.prepared = SimpleNamespace(num_tokens=4)
     runner.execute_model(output(a=3, b=1))
     assert said(runner) == [("pass", 4), ("end", 4)]
     runner.execute_model(output("a new one", a=3, b=1))
@@ -185,8 +127,9 @@ def test_warming_kernels_up_is_no_work(runner: Any) -> None:
     assert module.warmup_kernels is patched, "patched once"
     assert patched(runner, runner.execute_model, None) == "warm"
     assert said(runner) == ["dummy"] * 3
+    runner.prepared = SimpleNamespace(num_tokens=2)
     runner.execute_model(output(a=2))
-    assert said(runner) == ["step", ("pass", 2), ("batch", runner.prepared), ("rows", runner.prepared), ("end", 2)]
+    assert said(runner) == ["step", ("pass", 2), ("rows", runner.prepared), ("end", 2)]
 
 
 def test_a_warm_up_that_fails_leaves_counting_on(runner: Any) -> None:
@@ -204,4 +147,4 @@ def test_a_warm_up_that_fails_leaves_counting_on(runner: Any) -> None:
 def test_an_unmonitored_runner_warms_up_as_ever() -> None:
     module: Any = SimpleNamespace(warmup_kernels=lambda model_runner, *_: "warm")
     runner_v2.patch_warmup(module)
-    assert module.warmup_kernels(Runner(), None, None) == "warm"
+    assert module.warmup_kernels(RunnerV2(), None, None) == "warm"

@@ -316,6 +316,11 @@ class CudaMeter:
         # The stream's order protects the memory: whoever gets it next writes after our kernel has read.
         self._let_go()
 
+    def give_up(self) -> None:
+        """The monitor is off: no decision is kept any more, and none is still held. Cannot fail."""
+        self.turn = -1
+        self.pending.clear()
+
     def _let_go(self) -> None:
         self.pending.clear()
         self._pending_bytes = 0

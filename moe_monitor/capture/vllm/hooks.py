@@ -168,13 +168,14 @@ class Hooks:
 
     def begin_pass(self, tokens: int, scheduled: Mapping[str, int]) -> None:
         """A real pass of ``tokens`` tokens is about to run; ``scheduled`` were so many by request id."""
-        timing = self.timing
+        timing, meter = self.timing, self.meter
         if self.fuse.blown:
             if timing is not None:
                 timing.dummy()
+            if isinstance(meter, CudaMeter):
+                meter.give_up()
             return
         self.replayed, self.names_graphs = None, True
-        meter = self.meter
         if meter is not None:
             with self.fuse.guard("record"):
                 meter.begin_pass(tokens)
@@ -191,13 +192,12 @@ class Hooks:
         """A graph is about to be replayed or captured; None: the one that the forward context names, in pieces. Need
         not be called unless :attr:`names_graphs`.
         """
-        meter = self.meter
         if self.fuse.blown:
             return
         with self.fuse.guard("record"):
             self.replayed = graph_key() if key is None else key
-            if isinstance(meter, CudaMeter):
-                meter.clean = False
+            if isinstance(self.meter, CudaMeter):
+                self.meter.clean = False
 
     def begin_dummy(self) -> None:
         """A warm-up, profiling or idle pass is about to run: nothing in it may be counted."""

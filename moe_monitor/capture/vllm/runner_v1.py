@@ -30,12 +30,13 @@ def patch_cpu(module: ModuleType) -> None:
 def _patch_steps(runner: Any, capture: Capture) -> None:
     execute_model, model_forward = runner.execute_model, runner._model_forward
     fuse, begin_step, (live, meter, timing) = capture.fuse, capture.begin_step, capture.short()
-    scheduled: Any = None
+    # (numbers alone: the scheduler's output may hold what a request brought, and a server may rest for hours)
+    tokens, per_request = 0, {}
 
     @functools.wraps(execute_model)
     def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal scheduled
-        scheduled = scheduler_output
+        nonlocal tokens, per_request
+        tokens, per_request = scheduler_output.total_num_scheduled_tokens, scheduler_output.num_scheduled_tokens
         try:
             if not fuse.blown and (live or scheduler_output.scheduled_new_reqs):
                 begin_step(scheduler_output)
@@ -45,16 +46,15 @@ def _patch_steps(runner: Any, capture: Capture) -> None:
 
     @functools.wraps(model_forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        tokens, passes = scheduled.total_num_scheduled_tokens, timing.passes + 1
+        passes = timing.passes + 1
         if meter.clean and passes < timing.soonest and not fuse.blown:  # most passes: see quick.py
             timing.passes = passes
             meter.counted, meter.valid, meter.turn = None, tokens, 0
         else:
-            capture.begin_pass(tokens, scheduled.num_scheduled_tokens)
+            capture.begin_pass(tokens, per_request)
         if live:
             batch = getattr(runner, "input_batch", None)
             starts = getattr(runner, "query_start_loc", None)
-            per_request = scheduled.num_scheduled_tokens
             capture.trace_rows(batch, tokens, per_request, tokens, "num_computed_tokens_cpu", starts)
         result = model_forward(*args, **kwargs)
         if meter.clean and meter.counted is not None and meter.valid == tokens and not fuse.blown:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,31 +44,60 @@ def check_exact(result: dict[str, Any], oracle: Oracle) -> None:
     assert engine["status"]["active"] and not engine["status"]["errors"]
 
 
-@pytest.mark.timeout(800)  # vLLM compiles anew, which took more than 300 s on a slow machine
-def test_compiled_and_eager_agree_over_a_shared_compile_cache(tiny_model: Path, tmp_path: Path) -> None:
-    """On, off, on, and on without timing, over one cache folder: the same tokens, every run with the monitor exact."""
-    oracle = Oracle(tiny_model)
-    results = {}
-    for name, enabled, every in (("on", "1", "10"), ("off", "0", "10"), ("again", "1", "10"), ("untimed", "1", "0")):
+#: Mode, whether the monitor is on, and of how many passes one is timed; over one compile cache, in this order.
+RUNS = {
+    "on": ("compiled", "1", "10"),
+    "off": ("compiled", "0", "10"),
+    "again": ("compiled", "1", "10"),
+    "untimed": ("compiled", "1", "0"),
+    "eager": ("eager", "1", "10"),
+}
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_model: Path) -> Oracle:
+    """One for all runs: it counts ties."""
+    return Oracle(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def result(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """Of the run of that name, which is made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def made(name: str) -> dict[str, Any]:
+        mode, enabled, every = RUNS[name]
         env = {"MOE_MONITOR_ENABLED": enabled, "MOE_MONITOR_LATENCY_EVERY": every}
-        env["VLLM_CACHE_ROOT"] = str(tmp_path / "cache")
-        results[name] = run(tiny_model, "compiled", tmp_path / f"run-{name}", **env)
-    results["eager"] = run(tiny_model, "eager", tmp_path / "run-eager", MOE_MONITOR_LATENCY_EVERY="10")
-    assert len({json.dumps(r["rounds"]) for r in results.values()}) == 1
-    for name in ("on", "again", "untimed", "eager"):
-        check_exact(results[name], oracle)
-    for name in ("on", "again", "eager"):
-        (engine,) = results[name]["engines"]
+        return run(tiny_model, mode, folder / f"run-{name}", VLLM_CACHE_ROOT=str(folder / "cache"), **env)
+
+    return made
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_exact_with_the_monitor_and_has_nothing_of_it_without(name: str, oracle: Oracle, result: Any) -> None:
+    found = result(name)
+    if name == "off":
+        assert found["engines"] == []
+        assert found["modules"] == [
+            "moe_monitor.capture",
+            "moe_monitor.capture.vllm",
+            "moe_monitor.capture.vllm.plugin",
+        ]
+        return
+    check_exact(found, oracle)
+    (engine,) = found["engines"]
+    if name == "untimed":
+        assert engine["timed"] is None
+    else:
         timed = np.array(engine["timed"])
-        assert timed.shape == (4, 3) and timed.min() == timed.max() >= 1, f"{name}: every stage of every layer alike"
-    assert results["untimed"]["engines"][0]["timed"] is None
-    assert results["off"]["engines"] == []
-    assert results["off"]["modules"] == [
-        "moe_monitor.capture",
-        "moe_monitor.capture.vllm",
-        "moe_monitor.capture.vllm.plugin",
-    ]
-    assert "compil" in results["on"]["log"].lower()
+        assert timed.shape == (4, 3) and timed.min() == timed.max() >= 1, "every stage of every layer alike"
+
+
+def test_compiled_and_eager_agree_over_a_shared_compile_cache(result: Any) -> None:
+    """On, off, on, and on without timing, over one cache folder: the same tokens."""
+    assert len({json.dumps(result(name)["rounds"]) for name in RUNS}) == 1
+    assert "compil" in result("on")["log"].lower()
 
 
 @pytest.mark.parametrize("where", ["meter", "publish"])

@@ -133,6 +133,17 @@ def longest_fifth(runs: list[list[float]]) -> dict[str, float]:
     return {"median_ms": round(float(np.median(longest)), 2), "of_time": round(float(longest.sum() / passes.sum()), 3)}
 
 
+def slow(runs: list[dict[str, Any]], mode: str) -> dict[str, float]:
+    """Share of the rounds of ``mode`` whose median pass took more than 1.15 times the lower quartile of "off"; and of
+    those that came after a measurement of which this was not so. ``runs``: of one concurrency, in order.
+    """
+    limit = 1.15 * float(np.percentile([run["median_pass_ms"] for run in runs if run["mode"] == "off"], 25))
+    pairs = [(a["median_pass_ms"] > limit, b) for a, b in itertools.pairwise(runs) if a["file"] == b["file"]]
+    after = [b["median_pass_ms"] > limit for was, b in pairs if b["mode"] == mode and not was]
+    every = [run["median_pass_ms"] > limit for run in runs if run["mode"] == mode]
+    return {"share": round(float(np.mean(every)), 3), "after_fast": round(float(np.mean(after)), 3) if after else 0.0}
+
+
 def summarise(runs: list[dict[str, Any]]) -> None:
     """Print a line per concurrency and mode."""
     keys = sorted({(run["concurrency"], run["mode"]) for run in runs})
@@ -157,6 +168,7 @@ def summarise(runs: list[dict[str, Any]]) -> None:
             row["quiet"] = quiet(*times)
         if alike:
             row["longest_fifth"] = longest_fifth([of[mode][key]["passes"] for key in alike])
+        row["slow"] = slow([run for run in runs if run["concurrency"] == concurrency], mode)
         row["hooks_us_per_pass"] = round(statistics.median(of[mode][key]["hooks_us_per_pass"] for key in both), 1)
         say("IN_PLACE", concurrency=concurrency, mode=mode, **row)
 
@@ -178,7 +190,8 @@ def measure(args: argparse.Namespace, began: float) -> list[dict[str, Any]]:
     awake = Awake(args.cpus, args.awake_file)
     awake.look()
     config = llm.llm_engine.vllm_config
-    if not all(facts["unhooked"]):
+    methods, replays = facts["unhooked"]
+    if not methods or (facts["sealed"][0] and not replays):
         raise RuntimeError(f"off would not be off: (methods, replays) taken off would be {facts['unhooked']}")
     say("ENGINE", ready_s=round(time.monotonic() - began, 1), awake=awake.now, options=args.option, **{
         key: facts[key] for key in ("capture", "sealed", "runner", "unhooked")

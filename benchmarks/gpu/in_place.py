@@ -1,7 +1,7 @@
 """What the monitor costs the engine, told by switching it on and off in one process.
 
 in_place.py [--modes on,untraced] [--concurrency 32,128] [--deadline-s 570] [--cpus 0-15] [--awake-file F]
-            [--requests 1:24:16,32:160:64,128:384:64] [--range-ratio 0.5] [--option NAME=JSON]
+            [--requests 1:24:16,32:160:64,128:384:64] [--range-ratio 0.5] [--segments] [--option NAME=JSON]
 in_place.py --read FILE...      the summary once more, of all outputs together
 
 Two equal servers differ by some percent, and so does one from minute to minute; this compares seconds of one engine. As
@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import llm_options
 import models
 import numpy as np
+import segments
 from end_to_end import Awake, bind, cpu_list, mean_ratio, say
 from switching import MODES, switch
 
@@ -58,6 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cpus", type=cpu_list, default=[])
     parser.add_argument("--awake-file", type=Path)
     llm_options.add_to(parser)
+    parser.add_argument("--segments", action="store_true", help="where in passes without a graph the time goes")
     parser.add_argument("--read", type=Path, nargs="+")
     args = parser.parse_args()
     args.modes = ["off", *args.modes.split(",")]
@@ -199,6 +201,7 @@ def measure(args: argparse.Namespace, began: float) -> list[dict[str, Any]]:
     traffic = Traffic(args, models.FAMILIES[args.family]["vocab_size"] - 100)
     runs: list[dict[str, Any]] = []
     longest: dict[int, float] = {}
+    within: dict[int, dict[str, list[dict[str, Any]]]] = {}
     order = random.Random(0)
     try:
         for concurrency in args.concurrency:  # warms up
@@ -209,7 +212,12 @@ def measure(args: argparse.Namespace, began: float) -> list[dict[str, Any]]:
                     if time.monotonic() - began + 1.5 * longest.get(concurrency, 0) > args.deadline_s:
                         return runs
                     before, since = rpc(mode), time.monotonic()
+                    if args.segments:
+                        llm.collective_rpc(segments.mark)
                     found = traffic.run(llm.llm_engine, concurrency)
+                    if args.segments:
+                        (parts,) = llm.collective_rpc(segments.unmark)
+                        within.setdefault(concurrency, {}).setdefault(mode, []).append(parts)
                     after = rpc(mode)
                     longest[concurrency] = max(longest.get(concurrency, 0), time.monotonic() - since)
                     if after["errors"] or after["reason"]:
@@ -224,6 +232,8 @@ def measure(args: argparse.Namespace, began: float) -> list[dict[str, Any]]:
                     say("RUN", **run)
                     runs.append({**run, "file": ""})
     finally:
+        for concurrency, parts in within.items():
+            segments.summarise(parts, concurrency)
         awake.stop()
         llm.llm_engine.engine_core.shutdown()
     return runs

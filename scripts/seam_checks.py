@@ -189,7 +189,7 @@ def takes(path: str, name: str, *leading: str, cls: str = "") -> Test:
 
 
 def _modules(sources: Sources) -> str:
-    for name in SEAMS:
+    for name, *_ in SEAMS:
         path = name.replace(".", "/") + ".py"
         if path != RAY_V1 or sources.has(path):  # from 0.33 on there is only the second
             sources.tree(path)

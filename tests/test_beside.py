@@ -6,7 +6,6 @@ import atexit
 import json
 import logging
 import multiprocessing
-import os
 import socket
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -40,20 +39,14 @@ class Vllm:
             ) -> None:
                 self.started = local_engine_count, start_index, vllm_config, local_client, more
 
-        class CoreEngineActorManager:
-            def __init__(self) -> None:
-                self.environment = dict(os.environ)
-
         class MultiprocExecutor:
             def __init__(self, vllm_config: Any, monitor_workers: bool = True) -> None:
                 self.started = vllm_config, monitor_workers
 
-        self.rust, self.engines, self.actors = RustFrontendProcessManager, CoreEngineProcManager, CoreEngineActorManager
-        self.workers = MultiprocExecutor
-        engines = SimpleNamespace(CoreEngineProcManager=self.engines, CoreEngineActorManager=self.actors)
+        self.rust, self.engines, self.workers = RustFrontendProcessManager, CoreEngineProcManager, MultiprocExecutor
         for _ in range(2):  # vLLM may load plug-ins more than once
             beside.patch_utils(SimpleNamespace(RustFrontendProcessManager=self.rust))  # type: ignore[arg-type]
-            beside.patch_engines(engines)  # type: ignore[arg-type]
+            beside.patch_engines(SimpleNamespace(CoreEngineProcManager=self.engines))  # type: ignore[arg-type]
             beside.patch_workers(SimpleNamespace(MultiprocExecutor=self.workers))  # type: ignore[arg-type]
 
 

@@ -70,6 +70,19 @@ def test_called_at_once_where_the_module_is_there(modules):
     assert calls == [module]
 
 
+def test_one_of_two_that_fails_does_not_keep_the_other(modules, caplog):
+    def fails(module):
+        raise RuntimeError("planted")
+
+    calls = []
+    when_imported("seen", fails)
+    when_imported("seen", calls.append)
+    with caplog.at_level(logging.WARNING):
+        module = importlib.import_module("seen")
+    assert calls == [module]
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_what_a_hook_raises_is_logged_and_breaks_no_import(modules, caplog, there):
     def hook(module):

@@ -35,7 +35,7 @@ def patch_first(module: ModuleType) -> None:
 
 
 def patch_manager(module: ModuleType) -> None:
-    """``vllm.v1.engine.utils``: data-parallel engines that are actors get them as well."""
+    """Hook for ``vllm.v1.engine.utils``: data-parallel engines that are actors get them as well."""
     _while_told(module.CoreEngineActorManager, "__init__", before=_start_ray)
 
 

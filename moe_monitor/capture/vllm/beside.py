@@ -19,7 +19,6 @@ from typing import Any
 
 from moe_monitor import settings
 from moe_monitor.board import remove_boards_of
-from moe_monitor.capture.vllm import actors
 from moe_monitor.capture.vllm.identity import served_name
 from moe_monitor.capture.vllm.plugin import SERVER_VARIABLE, supervised
 
@@ -54,10 +53,6 @@ def patch_engines(module: ModuleType) -> None:
             _serve(_HEADLESS)
 
     _after_init(cls, started)
-    try:  # a matter of its own, though of the same module
-        actors.patch_manager(module)
-    except Exception as error:
-        logger.warning("moe-monitor: engines that are Ray's actors will not know their server: %r", error)
 
 
 def patch_workers(module: ModuleType) -> None:

@@ -23,9 +23,9 @@ class _Finder:
     """Stands first on ``sys.meta_path`` and asks those behind it."""
 
     def __init__(self) -> None:
-        #: Module -> what is called when it has been imported. An entry goes when it is called: a module that is
+        #: Module -> what is called when it has been imported. An entry goes when they are called: a module that is
         #: reloaded is not announced again, one whose import failed is.
-        self.hooks: dict[str, Hook] = {}
+        self.hooks: dict[str, list[Hook]] = {}
         self._asking: set[str] = set()
 
     def find_spec(
@@ -51,17 +51,15 @@ class _Finder:
             self._asking.discard(fullname)
 
     def imported(self, module: ModuleType, name: str) -> None:
-        hook = self.hooks.pop(name, None)
-        if hook is None:
-            return
-        try:
-            hook(module)
-        except Exception as error:
-            import logging
+        for hook in self.hooks.pop(name, ()):
+            try:
+                hook(module)
+            except Exception as error:
+                import logging
 
-            # Below vLLM's own logger, so that this looks like vLLM's lines; it may not be configured yet.
-            logger = logging.getLogger("vllm.moe_monitor")
-            logger.warning("moe-monitor could not patch %s, serving goes on without it: %r", name, error)
+                # Below vLLM's own logger, so that this looks like vLLM's lines; it may not be configured yet.
+                logger = logging.getLogger("vllm.moe_monitor")
+                logger.warning("moe-monitor could not patch %s, serving goes on without it: %r", name, error)
 
 
 class _Loader:
@@ -96,13 +94,13 @@ _finder = _Finder()
 
 
 def when_imported(name: str, hook: Hook) -> None:
-    """Call `hook` with the module `name` after its next import, at once if it is there. One hook a name.
+    """Call `hook` with the module `name` after its next import, at once if it is there; after those that came before.
 
     What the hook raises is logged, and the import goes on.
     """
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
-    _finder.hooks[name] = hook
+    _finder.hooks.setdefault(name, []).append(hook)
     module = sys.modules.get(name)
     if module is not None:
         _finder.imported(module, name)

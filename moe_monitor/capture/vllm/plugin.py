@@ -26,24 +26,25 @@ ACTORS_VARIABLE = "_MOE_MONITOR_SERVER_OF_ACTORS"
 #: Where vLLM keeps the names of variables that it passes on to actors.
 RAY_NAMES = "vllm.ray.ray_env"
 
-#: Module that vLLM imports -> our function (in this package) that patches it.
-SEAMS = {
-    "vllm.v1.worker.gpu_model_runner": ("runner_v1", "patch_gpu"),
-    "vllm.v1.worker.cpu_model_runner": ("runner_v1", "patch_cpu"),
-    "vllm.v1.worker.gpu.model_runner": ("runner_v2", "patch_runner"),
-    "vllm.v1.worker.gpu.cudagraph_utils": ("runner_v2", "patch_graphs"),
-    "vllm.v1.worker.gpu.warmup": ("runner_v2", "patch_warmup"),
-    "vllm.v1.metrics.loggers": ("frontend", "patch_loggers"),
-    "vllm.v1.engine.input_processor": ("tracing", "patch_input"),
-    "vllm.v1.engine.output_processor": ("tracing", "patch_output"),
-    "vllm.entrypoints.serve.instrumentator.metrics": ("frontend", "patch_metrics"),
-    "vllm.v1.utils": ("beside", "patch_utils"),
-    "vllm.v1.engine.utils": ("beside", "patch_engines"),
-    "vllm.v1.executor.multiproc_executor": ("beside", "patch_workers"),
-    RAY_NAMES: ("actors", "patch_names"),
-    "vllm.v1.executor.ray_executor": ("actors", "patch_first"),
-    "vllm.v1.executor.ray_executor_v2": ("actors", "patch_second"),
-}
+#: Modules that vLLM imports, each with our function (in this package) that patches it.
+SEAMS = (
+    ("vllm.v1.worker.gpu_model_runner", "runner_v1", "patch_gpu"),
+    ("vllm.v1.worker.cpu_model_runner", "runner_v1", "patch_cpu"),
+    ("vllm.v1.worker.gpu.model_runner", "runner_v2", "patch_runner"),
+    ("vllm.v1.worker.gpu.cudagraph_utils", "runner_v2", "patch_graphs"),
+    ("vllm.v1.worker.gpu.warmup", "runner_v2", "patch_warmup"),
+    ("vllm.v1.metrics.loggers", "frontend", "patch_loggers"),
+    ("vllm.v1.engine.input_processor", "tracing", "patch_input"),
+    ("vllm.v1.engine.output_processor", "tracing", "patch_output"),
+    ("vllm.entrypoints.serve.instrumentator.metrics", "frontend", "patch_metrics"),
+    ("vllm.v1.utils", "beside", "patch_utils"),
+    ("vllm.v1.engine.utils", "beside", "patch_engines"),
+    ("vllm.v1.engine.utils", "actors", "patch_manager"),
+    ("vllm.v1.executor.multiproc_executor", "beside", "patch_workers"),
+    (RAY_NAMES, "actors", "patch_names"),
+    ("vllm.v1.executor.ray_executor", "actors", "patch_first"),
+    ("vllm.v1.executor.ray_executor_v2", "actors", "patch_second"),
+)
 
 #: How vLLM's supervisor names its servers, before the rank.
 SUPERVISED = "APIServer_DPRank_"
@@ -78,7 +79,7 @@ def _arm() -> None:
     told = os.environ.pop(ACTORS_VARIABLE, "") if _is_actor() else ""
     if told or not _is_child() or SERVER_VARIABLE not in os.environ:
         os.environ[SERVER_VARIABLE] = told or f"{os.getpid()}-{os.urandom(4).hex()}"
-    for module, (file, function) in SEAMS.items():
+    for module, file, function in SEAMS:
         when_imported(module, _patcher(file, function))
 
 

@@ -14,6 +14,7 @@ V1 = "vllm/v1/worker/gpu_model_runner.py"
 V1_CPU = "vllm/v1/worker/cpu_model_runner.py"
 V2 = "vllm/v1/worker/gpu/model_runner.py"
 WARMUP = "vllm/v1/worker/gpu/warmup.py"
+CORE = "vllm/v1/engine/core.py"
 GRAPHS = "vllm/v1/worker/gpu/cudagraph_utils.py"
 WRAPPER = "vllm/compilation/cuda_graph.py"
 RUNNER = f"{MOE}/runner/moe_runner.py"
@@ -43,6 +44,7 @@ KEPT = (
     "vllm/entrypoints/openai/dp_supervisor.py",
     "vllm/tracing/otel.py",
     "vllm/v1/core/sched/output.py",
+    "vllm/v1/engine/core.py",
     "vllm/v1/engine/input_processor.py",
     "vllm/v1/engine/output_processor.py",
     "vllm/v1/engine/utils.py",
@@ -533,6 +535,28 @@ def _workers(sources: Sources) -> str:
     raise Changed("run_headless does not start workers with monitor_workers=False", SERVE, node.lineno)
 
 
+def _loop(path: str, cls: str, name: str, call: str) -> Test:
+    """A method without arguments that the process calls by its name, once plug-ins are there: its object is made."""
+
+    def check(sources: Sources) -> str:
+        takes(path, name, cls=cls)(sources)
+        calls = _calls(sources.tree(path), call)
+        if not calls or calls[0].args or calls[0].keywords:
+            raise Changed(f"it is not called as {call}()", path, sources.function(path, name, cls).lineno)
+        return f"{path}:{calls[0].lineno}"
+
+    return check
+
+
+def _core_loads(sources: Sources) -> str:
+    """An engine core has loaded plug-ins when it is made, and so has a worker (see the checks of ``actors``)."""
+    node = sources.function(CORE, "__init__", "EngineCore")
+    text = ast.unparse(node)
+    if "load_general_plugins()" not in text:
+        raise Changed("EngineCore does not load plug-ins when it is made", CORE, node.lineno)
+    return f"{CORE}:{node.lineno}"
+
+
 def _rust_front_end(sources: Sources) -> str:
     """It is started by a manager of its own, after the engines, by ``vllm serve``."""
     sources.cls("vllm/v1/utils.py", "RustFrontendProcessManager")
@@ -791,6 +815,18 @@ CHECKS = (
         takes("vllm/entrypoints/serve/instrumentator/metrics.py", "attach_router", "app"),
     ),
     Check("frontend", "attach_router is imported late and mounts /metrics", _late_import),
+    Check("loops", "plug-ins are loaded when an engine core is made", _core_loads),
+    Check(
+        "loops",
+        "EngineCoreProc.run_busy_loop",
+        _loop(CORE, "EngineCoreProc", "run_busy_loop", "engine_core.run_busy_loop"),
+    ),
+    Check("loops", "DPEngineCoreProc.run_busy_loop", has(CORE, "DPEngineCoreProc", "run_busy_loop")),
+    Check(
+        "loops",
+        "WorkerProc.worker_busy_loop",
+        _loop(MULTIPROC, "WorkerProc", "worker_busy_loop", "worker.worker_busy_loop"),
+    ),
     Check("beside", "CoreEngineProcManager(local_engine_count, start_index, vllm_config, local_client)", _engines),
     Check("beside", "headless nodes start engines with local_client=False", _headless),
     Check("beside", "nodes with workers alone start them with monitor_workers=False", _workers),

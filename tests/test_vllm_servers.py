@@ -32,7 +32,11 @@ def leave_a_dead_board(directory: Path) -> Path:
 def test_two_api_servers_and_two_tensor_parallel_ranks_count_once(tiny_model: Path, tmp_path: Path) -> None:
     """Both API servers tell the same whole story, and the two ranks' identical routing is counted once."""
     arguments = ["--enforce-eager", "--tensor-parallel-size", "2", "--api-server-count", "2", "--max-model-len", "512"]
-    parallel = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    parallel = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "MOE_TEST_FRAMES": str(tmp_path / "frames"),
+    }
     oracle = Oracle(tiny_model)
     (tmp_path / "server").mkdir()
     stale = leave_a_dead_board(tmp_path / "server" / "run")
@@ -63,6 +67,10 @@ def test_two_api_servers_and_two_tensor_parallel_ranks_count_once(tiny_model: Pa
         # The monitor of the other framework, on the same sequences: what was computed is all but the last token.
         sequences = [p + a["choices"][0]["token_ids"][:-1] for p, a in zip(prompts, answers, strict=True)]
         assert np.abs(expert_counts(oracle.model, sequences) - got).sum() <= 2 * oracle.ties
+        frames = sorted(
+            (name, int(most) > 10_000) for name, most in map(str.split, (tmp_path / "frames").read_text().splitlines())
+        )
+        assert frames == [("execute_model", True)] * 2 + [("schedule", True)], "loops that run the model have no room"
         assert server.log.count("moe-monitor 0.") == 1, "only the first rank counts"
     assert list((tmp_path / "server" / "run").glob("*.board")) == [], "SIGTERM leaves no file"
 

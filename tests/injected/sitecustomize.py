@@ -10,12 +10,14 @@ MOE_TEST_STARTED=FILE  every interpreter that starts, rather than being forked, 
 MOE_TEST_MEMORY=FOLDER  every minute a process adds a line to FOLDER/PID: bytes that lines of moe_monitor have allocated
     and that are still held, and those of all of Python.
 MOE_TEST_RAY=1  vLLM takes what Ray calls a GPU for a device of its CPU platform, which it does not run under Ray.
+MOE_TEST_FRAMES=FILE  engine cores and workers write there, once each, the most slots that a frame below them has.
 MOE_TEST_HEARTBEAT=FILE  the API server's event loop wakes every 2 ms and writes how late it was, in seconds.
 """
 
 import collections
 import json
 import os
+import sys
 import time
 
 import wrapt
@@ -188,6 +190,29 @@ def _beat(path):
     wrapt.register_post_import_hook(patch, "uvicorn.server")
 
 
+def _look_at_frames(path):
+    told = set()
+
+    def wrapper(wrapped, instance, args, kwargs):
+        name = wrapped.__name__
+        if name not in told:
+            told.add(name)
+            frame, most = sys._getframe(), 0
+            while frame is not None:
+                frame, most = frame.f_back, max(most, frame.f_code.co_stacksize)
+            with open(path, "a") as file:
+                file.write(f"{name} {most}\n")
+        return wrapped(*args, **kwargs)
+
+    for module, name in (
+        ("core.sched.scheduler", "Scheduler.schedule"),
+        ("worker.cpu_worker", "CPUWorker.execute_model"),
+    ):
+        wrapt.register_post_import_hook(
+            lambda imported, name=name: wrapt.wrap_function_wrapper(imported, name, wrapper), f"vllm.v1.{module}"
+        )
+
+
 def _let_ray_schedule():
     def patch(module):
         module.CpuPlatform.ray_device_key = "GPU"
@@ -209,6 +234,8 @@ if os.environ.get("MOE_TEST_CLOCK"):
     _shift_clock(os.environ["MOE_TEST_CLOCK"])
 if os.environ.get("MOE_TEST_MEMORY"):
     _account(os.environ["MOE_TEST_MEMORY"])
+if os.environ.get("MOE_TEST_FRAMES"):
+    _look_at_frames(os.environ["MOE_TEST_FRAMES"])
 if os.environ.get("MOE_TEST_HEARTBEAT"):
     _beat(os.environ["MOE_TEST_HEARTBEAT"])
 if os.environ.get("MOE_TEST_STARTED"):

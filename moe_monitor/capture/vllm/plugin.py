@@ -40,6 +40,8 @@ SEAMS = (
     ("vllm.v1.utils", "beside", "patch_utils"),
     ("vllm.v1.engine.utils", "beside", "patch_engines"),
     ("vllm.v1.engine.utils", "actors", "patch_manager"),
+    ("vllm.v1.engine.core", "loops", "patch_core"),
+    ("vllm.v1.executor.multiproc_executor", "loops", "patch_workers"),
     ("vllm.v1.executor.multiproc_executor", "beside", "patch_workers"),
     (RAY_NAMES, "actors", "patch_names"),
     ("vllm.v1.executor.ray_executor", "actors", "patch_first"),

@@ -4,9 +4,10 @@
 (``POST /collective_rpc``, VLLM_SERVER_DEV_MODE=1), and its front end's part by ``--middleware switching.Middleware``
 (``POST /moe_monitor/MODE``). Nothing may be in flight. Modes:
 
-off          the model runner has its own methods and full graphs their own replay, the other hooks return on their
-             first line, nothing is published, the front end notes no request, and /metrics has vLLM's own alone; graphs
-             still have the monitor's branch, which finds that no token is real (what that costs, latency.py tells)
+off          the model runner, the layers and their routers have their own methods and full graphs their own replay;
+             nothing is published, the front end notes no request, and /metrics has vLLM's own alone. What stays: graphs
+             have the monitor's branch, which finds that no token is real (what that costs, latency.py tells), graphs in
+             pieces a replay that returns on its first line, and the loop of the engine room for its frames
 on           everything
 untraced     on, and no request is traced
 unpublished  on, and the publisher's thread does nothing
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_monitor.capture import replays as watching
 
@@ -26,29 +27,44 @@ MODES = ("off", "on", "untraced", "unpublished")
 HOOKED = ("execute_model", "_model_forward", "prepare_inputs")
 
 
-def _hooks(runner: Any) -> tuple[list[tuple[str, Any]], list[tuple[Any, type, type]]]:
-    """What is around the methods of a model runner, by name, and its watched full graphs with that class of theirs and
-    the one they had.
+class _Hooks(NamedTuple):
+    """What is put on the objects of a worker: ``replaced`` attributes (owner, name, ours, their own or None), and full
+    ``graphs`` (graph, our class, torch's).
     """
-    methods = [(name, runner.__dict__[name]) for name in HOOKED if hasattr(runner.__dict__.get(name), "__wrapped__")]
-    manager = getattr(runner, "cudagraph_manager", None)
-    if manager is not None and hasattr(manager, "graphs"):
-        graphs = list(manager.graphs.values())
-    else:
-        entries = getattr(runner.model, "concrete_cudagraph_entries", {})
-        graphs = [entry.cudagraph for entry in entries.values() if entry.cudagraph is not None]
-    watched = [graph for graph in graphs if "_moe_monitor" in graph.__dict__ and "replay" not in graph.__dict__]
-    ours = watching.__name__
-    own = [next(cls for cls in type(graph).__mro__ if cls.__module__ != ours) for graph in watched]
-    return methods, [(graph, type(graph), cls) for graph, cls in zip(watched, own, strict=True)]
 
+    replaced: list[tuple[Any, str, Any, Any]]
+    graphs: list[tuple[Any, type, type]]
 
-def _hook(runner: Any, hooks: tuple[list[tuple[str, Any]], list[tuple[Any, type, type]]], *, on: bool) -> None:
-    methods, replays = hooks
-    for name, hooked in methods:
-        setattr(runner, name, hooked if on else hooked.__wrapped__)
-    for graph, watched, own in replays:
-        graph.__class__ = watched if on else own
+    @classmethod
+    def of(cls, runner: Any) -> _Hooks:
+        replaced = []
+        for name in HOOKED:
+            ours = runner.__dict__.get(name)
+            if hasattr(ours, "__wrapped__"):
+                replaced.append((runner, name, ours, ours.__wrapped__))
+        for owner, name, own in runner._moe_monitor._wrapping._replaced:
+            replaced.append((owner, name, owner.__dict__[name], own))
+        manager = getattr(runner, "cudagraph_manager", None)
+        if manager is not None and hasattr(manager, "graphs"):
+            graphs = list(manager.graphs.values())
+        else:
+            entries = getattr(runner.model, "concrete_cudagraph_entries", {})
+            graphs = [entry.cudagraph for entry in entries.values() if entry.cudagraph is not None]
+        watched = [graph for graph in graphs if "_moe_monitor" in graph.__dict__ and "replay" not in graph.__dict__]
+        module = watching.__name__
+        torchs = [next(c for c in type(graph).__mro__ if c.__module__ != module) for graph in watched]
+        return cls(replaced, [(graph, type(graph), c) for graph, c in zip(watched, torchs, strict=True)])
+
+    def put(self, *, on: bool) -> None:
+        for owner, name, ours, own in self.replaced:
+            if on:
+                setattr(owner, name, ours)
+            elif own is None:
+                owner.__dict__.pop(name, None)
+            else:
+                setattr(owner, name, own)
+        for graph, watched, torchs in self.graphs:
+            graph.__class__ = watched if on else torchs
 
 
 def switch(worker: Any, mode: str) -> dict[str, Any]:
@@ -59,10 +75,10 @@ def switch(worker: Any, mode: str) -> dict[str, Any]:
     capture = worker.model_runner._moe_monitor
     publisher, meter = capture.publisher, capture.meter
     if not hasattr(capture, "_switched"):
-        hooks = _hooks(worker.model_runner)
+        hooks = _Hooks.of(worker.model_runner)
         capture._switched = hooks, capture.tracer._ratio, publisher.publish, publisher.has_gathered
     hooks, ratio, publish, has_gathered = capture._switched
-    _hook(worker.model_runner, hooks, on=mode != "off")
+    hooks.put(on=mode != "off")
     tracer = capture.tracer
     for name in list(tracer.live):  # their end comes with a step that is still to come
         tracer._end(name)
@@ -93,7 +109,7 @@ def switch(worker: Any, mode: str) -> dict[str, Any]:
         "dropped": sum(status.dropped.values()),
         "capture": status.capture,
         "sealed": [sum(graph.sealed for graph in found.values()), len(found)],
-        "unhooked": [len(part) for part in hooks],  # in mode off: methods, replays
+        "unhooked": [len(part) for part in hooks],  # in mode off: methods, graphs
         "runner": type(worker.model_runner).__module__,
         "pid": os.getpid(),
     }

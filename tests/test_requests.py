@@ -127,8 +127,23 @@ def test_chance_is_uniform_and_the_same_everywhere() -> None:
     few = {i for i in ids if chosen(i, 0.05)}
     assert few <= {i for i in ids if chosen(i, 0.1)}
     assert all(chosen(f"{n}_{i}", 0.05) == (i in few) for i in ids[:200] for n in (0, 1, 12))
-    fixed = [chosen(i, 0.5) for i in ("cmpl-8-0-deadbeef", "b", "a", "chatcmpl-1")]
-    assert fixed == [True, False, True, True]
+    # Part of what ranks of different versions agree on: from the CRC-32 of "a" and "b", e8b7be43 and 71beeff9.
+    golden = 11400714819323198485
+    for name, crc in (("a", 0xE8B7BE43), ("b", 0x71BEEFF9)):
+        value = crc * golden // 2**16 % 2**32 / 2**32
+        assert (chosen(name, value), chosen(name, math.nextafter(value, 1))) == (False, True)
+
+
+@pytest.mark.parametrize("form", ["{}", "r{}", "{:032x}", "cmpl-bench-3fa4c1d2-{}-0", "{}-abcdefgh-12345678"])
+def test_ids_that_are_numbers_in_a_row_are_chosen_one_by_one(form: str) -> None:
+    """As many pairs of neighbours as chance has it, at 5 standard deviations."""
+    n = 20_000
+    for ratio in (0.05, 0.1, 0.5):
+        picked = [chosen(form.format(i), ratio) for i in range(n)]
+        assert abs(sum(picked) - n * ratio) <= 5 * math.sqrt(n * ratio)
+        for apart in (1, 2, 10):
+            both = sum(a and b for a, b in zip(picked, picked[apart:], strict=False))
+            assert abs(both - n * ratio**2) <= 5 * math.sqrt(n * ratio**2)
 
 
 # life

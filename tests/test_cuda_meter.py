@@ -853,6 +853,59 @@ def test_a_missing_layer_is_noticed() -> None:
     assert not device.meter.end_pass("never captured", 4)
 
 
+def strided(tensor):
+    """The same values, each token's further from the next one's."""
+    wide = torch.zeros((*tensor.shape[:-1], tensor.shape[-1] + 8), dtype=tensor.dtype)
+    wide[..., : tensor.shape[-1]] = tensor
+    return wide[..., : tensor.shape[-1]]
+
+
+@interpreted
+def test_decisions_are_read_where_they_lie_and_layers_of_other_forms_refused() -> None:
+    device = Device()
+    device.warm_up(8)
+
+    def run(change):
+        logits, ids = device.decide(6)
+        given = [change(layer, *pair) for layer, pair in enumerate(zip(logits, ids, strict=True))]
+        device.meter.begin_pass(6)
+        for layer, pair in enumerate(given):
+            device.meter.observe(layer, *pair, None, Span())
+        device.meter.end_pass(None, 6)
+        device.count(logits, ids, 0, 6)
+
+    for _ in range(2):
+        run(lambda layer, logits, ids: (logits, ids))
+        run(lambda layer, logits, ids: (strided(logits), strided(ids)))
+        device.check()
+    others = [
+        lambda layer, logits, ids: (strided(logits) if layer == 2 else logits, ids),
+        lambda layer, logits, ids: (logits, strided(ids) if layer == 0 else ids),
+    ]
+    for change in others:
+        with pytest.raises(RuntimeError, match="differ in form"):
+            run(change)
+    with pytest.raises(RuntimeError, match="do not lie side by side"):
+        run(lambda layer, logits, ids: (logits.T.contiguous().T, ids))
+    device.check()
+
+
+@interpreted
+@pytest.mark.parametrize("width", ["logits", "ids"])
+def test_the_first_pass_shows_whether_layers_are_as_wide(width) -> None:
+    device = Device()
+    device.warm_up(8)
+    logits, ids = device.decide(6)
+    device.meter.begin_pass(6)
+    for layer in range(LAYERS):
+        pair = [logits[layer], ids[layer]]
+        if layer == 1:
+            pair[width == "ids"] = pair[width == "ids"][:, :3].contiguous()
+        device.meter.observe(layer, *pair, None, Span())
+    with pytest.raises(RuntimeError, match="differ in form"):
+        device.meter.end_pass(None, 6)
+
+
 @interpreted
 def test_a_pass_larger_than_the_limit_is_worked_off_in_parts() -> None:
     device = Device(pending_limit=1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_monitor.capture.control import Control
 from moe_monitor.capture.kernels import Launcher
 from moe_monitor.capture.mailbox import Mailbox
-from moe_monitor.capture.retained import Retained, Span
+from moe_monitor.capture.retained import Retained, Span, strides_of
 from moe_monitor.capture.sending import Sender
 
 logger = logging.getLogger("vllm.moe_monitor")
@@ -101,7 +101,7 @@ class Graphs:
             min(logits.shape[0] - span.start, span.rows),
             row_start=span.start,
             row_of=self._row_of[layer : layer + 1],
-            strides=(logits.stride(0), ids.stride(0)),
+            strides=strides_of([(logits, ids)]),
             n_valid_device=control.head,
         )
 

@@ -29,7 +29,7 @@ from moe_monitor.capture.ahead import PATIENCE, compile_beside
 from moe_monitor.capture.captured import Graphs
 from moe_monitor.capture.kernels import Launcher
 from moe_monitor.capture.quick import WHOLE
-from moe_monitor.capture.retained import Retained, Span, Suspects
+from moe_monitor.capture.retained import Retained, Span, Suspects, strides_of
 from moe_monitor.capture.sending import Ring, sender, wait_for
 from moe_monitor.capture.tallies import DeviceTallies
 from moe_monitor.layout import RowLayout
@@ -78,8 +78,11 @@ class CudaMeter:
         self._compiling: threading.Thread | None = None
         self._order = list(range(len(layers)))
         #: Decisions of the pass in progress that are not counted yet, by layer: logits, ids, where its tokens lie.
+        #: While there are some the pass has no graph.
         self.pending: dict[int, tuple[Tensor, Tensor, Span]] = {}
         self._pending_bytes = 0
+        #: Whether all layers' decisions have been seen to be as wide and of the same types, as the model has it.
+        self._same_forms = False
         #: The layer whose decision comes next in a pass that is not timed and keeps them all until its end; -1 in any
         #: other. 0: which of these it is, the first decision tells.
         self.turn = -1
@@ -293,14 +296,16 @@ class CudaMeter:
         assert self._launcher is not None
         layers = list(self.pending)
         first_logits, first_ids, span = self.pending[layers[0]]
-        logits_strides, ids_strides = first_logits.stride(), first_ids.stride()
-        addresses = array("q")
+        addresses, contiguous = array("q"), True
         for logits, ids, at in self.pending.values():
-            alike = logits.stride() == logits_strides and ids.stride() == ids_strides
-            if not alike or (at is not span and at != span):
-                raise RuntimeError("the layers' routers differ in form within one pass")
+            contiguous = contiguous and logits.is_contiguous() and ids.is_contiguous()
+            if at is not span and at != span:
+                raise RuntimeError("the layers see different tokens within one pass")
             addresses.append(logits.data_ptr())
             addresses.append(ids.data_ptr())
+        if not (contiguous and self._same_forms):  # what is contiguous and as wide is of one form
+            strides_of([(logits, ids) for logits, ids, _ in self.pending.values()])
+            self._same_forms = contiguous and len(layers) == len(self.layers)
         whole = layers == self._order
         self._ring.place()[: len(addresses)] = addresses
         table = self._ring.send(0, len(addresses))
@@ -309,7 +314,7 @@ class CudaMeter:
             span.valid(tokens),
             row_start=span.start,
             row_of=None if whole else torch.tensor(layers, dtype=torch.int32).to(self._device, non_blocking=True),
-            strides=(logits_strides[0], ids_strides[0]),
+            strides=(first_logits.stride(0), first_ids.stride(0)),
             slot_of_row=self._owners(span, span.valid(tokens)),
         )
         self._done.update(layers)
@@ -329,11 +334,6 @@ class CudaMeter:
         self._let_go()
         self._done.clear()
         self.counted = None
-
-    @property
-    def collecting(self) -> bool:
-        """Whether decisions of the pass in progress wait to be counted: then it has no graph."""
-        return bool(self.pending)
 
     @property
     def rows_now(self) -> Tensor | None:

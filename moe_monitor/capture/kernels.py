@@ -352,6 +352,12 @@ class Launcher:
         self._index: Any = device.index  # a tensor on CUDA has one
         self._block = _block(experts)
         self._strides = (experts, top_k)
+        #: The arguments that only depend on whether requests are traced, and on who says how many tokens are real.
+        self._tails = {
+            (traced, device_n): (layers, slots if traced else 0, *self._constants, device_n, slots > 0)
+            for traced in (False, True)
+            for device_n in (False, True)
+        }
         self._compiled: dict[bool, Any] = {}
 
     def warm_up(self, device_n: Iterable[bool] = (False, True)) -> None:
@@ -370,8 +376,7 @@ class Launcher:
         rows, spare, bounds, columns, counts, stats = own
         table, row_of, n_valid, slot_of_row = [spare if x is None else x for x in given]
         head = (rows, table, row_of, bounds, columns, n_valid, slot_of_row, counts, stats)
-        slots = 0 if given[3] is None else self._slots
-        return (*head, *numbers, self._layers, slots, *self._constants, device_n, self._slots > 0)
+        return (*head, *numbers, *self._tails[given[3] is not None, device_n])
 
     def parts(self, layers: int, tokens: int) -> int:
         """Programs per layer of a launch over so many layers and (at most) so many tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,22 @@ class Span:
 
     def valid(self, tokens: int) -> int:
         return max(0, min(tokens - self.skip, self.rows))
+
+
+def strides_of(decisions: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, int]:
+    """Elements from one token to the next in logits and ids, [tokens, experts] and [tokens, k] of each layer.
+
+    Raises RuntimeError where layers differ in form, or where a token's values do not lie side by side: kernels read
+    all of a launch alike.
+    """
+    forms = {(a.dtype, a.shape, a.stride(), b.dtype, b.shape, b.stride()) for a, b in decisions}
+    if len(forms) != 1:
+        raise RuntimeError(f"the layers' routers differ in form: {sorted(map(str, forms))}")
+    for tensor in decisions[0]:
+        if tensor.stride(1) != 1 and tensor.shape[1] > 1:
+            raise RuntimeError(f"a router's decisions do not lie side by side: strides {tensor.stride()}")
+    logits, ids = decisions[0]
+    return logits.stride(0), ids.stride(0)
 
 
 @dataclass
@@ -53,13 +70,10 @@ class Retained:
     def ordered(self) -> list[tuple[Tensor, Tensor]]:
         """All layers' decisions, in order. Raises RuntimeError where they differ in form or share memory."""
         ordered = [self.tensors[i] for i in range(len(self.tensors))]
-        forms = {(a.dtype, a.shape, a.stride(), b.dtype, b.shape, b.stride()) for a, b in ordered}
-        if len(forms) != 1:
-            raise RuntimeError(f"the layers' routers differ in form: {sorted(map(str, forms))}")
+        self.strides = strides_of(ordered)
         ranges = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for pair in ordered for t in pair)
         if any(a[1] > b[0] for a, b in itertools.pairwise(ranges)):
             raise RuntimeError("two layers' decisions share memory in a captured graph")
-        self.strides = (ordered[0][0].stride(0), ordered[0][1].stride(0))
         return ordered
 
 

@@ -36,6 +36,11 @@ def _new(request: Any) -> New:
     return New(request.req_id, length, request.num_computed_tokens, _extra_args(request))
 
 
+def _live(complete: bool) -> None:
+    if not complete:
+        raise NotLive("capture is not live: a pass ended in which not every MoE layer was seen")
+
+
 class Short(NamedTuple):
     """What the short ways around a pass work with (:mod:`moe_monitor.capture.quick`). ``live``: the traced requests;
     while there are none, a step that brings none needs no :meth:`Hooks.begin_step`, nor anybody whose rows are whose.
@@ -108,10 +113,14 @@ class Hooks:
         if self.fuse.blown or not isinstance(meter, CudaMeter):
             return
         if meter.valid:  # no graph is captured in a real pass, and asking takes its time
-            with self.fuse.guard("record"):
+            start = time.perf_counter()
+            try:  # (as in trace_rows)
                 if layer == 0:
                     graph_key()  # for what it refuses
                 meter.collect(layer, logits, ids, self.parallel.span(logits.shape[0]))
+            except Exception as error:
+                self.fuse.blow("record", error)
+            self.fuse.status.hook_seconds += time.perf_counter() - start
             return
         with self.fuse.guard("record", serving=False):
             key = None
@@ -158,7 +167,7 @@ class Hooks:
         if self.fuse.blown or tracer is None or not tracer.live:
             return
         start = time.perf_counter()
-        try:  # nothing in it waits, so it needs no guard
+        try:  # nothing in it waits, so it needs no guard, which would take a third as long
             rows = int(batch.num_tokens) if tokens is None else tokens
             index = getattr(batch, "req_id_to_index", None)
             told = getattr(starts, "np", starts)
@@ -218,21 +227,23 @@ class Hooks:
             return
         timing, meter = self.timing, self.meter
         timed = timing is not None and timing.sampling
-        if timing is not None:
+        if timing is not None and timed:
             timing.stop()
         key: Hashable | None = None
-        with self.fuse.guard("record"):
-            complete = True
-            if isinstance(meter, Meter):
-                complete = meter.end_pass()
-            else:
-                if meter is None or timed or not (meter.counted or meter.collecting):
+        if isinstance(meter, Meter):
+            with self.fuse.guard("record"):
+                _live(meter.end_pass())
+        else:
+            start = time.perf_counter()
+            try:  # (as in trace_rows)
+                if meter is None or timed or not (meter.counted or meter.pending):
                     key = graph_key() if self.replayed is None else self.replayed
                 if meter is not None:
-                    complete = meter.end_pass(key, tokens)
-            if not complete:
-                raise NotLive("capture is not live: a pass ended in which not every MoE layer was seen")
-        if timing is not None:
+                    _live(meter.end_pass(key, tokens))
+            except Exception as error:
+                self.fuse.blow("record", error)
+            self.fuse.status.hook_seconds += time.perf_counter() - start
+        if timing is not None and timed:
             timing.end(key)
 
     def before_replay(self, graph: Retained) -> None:

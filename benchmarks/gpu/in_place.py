@@ -43,6 +43,8 @@ import segments
 from end_to_end import Awake, bind, cpu_list, mean_ratio, say
 from switching import MODES, switch
 
+#: Of passes, ms.
+LENGTHS = (4.0, 5.0, 6.0, 8.0, 12.0, 20.0)
 METRICS = ("tokens_per_s", "mean_pass_ms", "median_pass_ms", "process_ms_per_s", "model_thread_us_per_pass")
 
 
@@ -128,6 +130,23 @@ def quiet(mine: np.ndarray, off: np.ndarray) -> dict[str, float]:
     return {"of_off": round(float(of_off), 4), "us_per_pass": round(float(more), 1)}
 
 
+def by_length(mine: np.ndarray, off: np.ndarray) -> list[dict[str, float]]:
+    """Passes by how long they take, as the median over the rounds of "off" has it: up to ``ms`` (0: longer), how many,
+    their share of the time, and us more a pass by medians and by lower quartiles.
+    """
+    medians = [np.median(times, axis=0) for times in (mine, off)]
+    fast = [np.percentile(times, 25, axis=0) for times in (mine, off)]
+    rows = []
+    for low, high in itertools.pairwise((0.0, *LENGTHS, np.inf)):
+        some = (medians[1] >= low) & (medians[1] < high)
+        if some.any():
+            more, quiet_more = (1e3 * float((a - b)[some].mean()) for a, b in (medians, fast))
+            share = float(medians[1][some].sum() / medians[1].sum())
+            row = {"ms": high if high < np.inf else 0, "passes": int(some.sum()), "of_time": round(share, 3)}
+            rows.append({**row, "us_more": round(more), "quiet_us_more": round(quiet_more)})
+    return rows
+
+
 def longest_fifth(runs: list[list[float]]) -> dict[str, float]:
     """Of the passes of runs of the same traffic: their median, ms, and their share of the time."""
     passes = np.sort(np.median(np.array(runs), axis=0))
@@ -168,6 +187,7 @@ def summarise(runs: list[dict[str, Any]]) -> None:
             times = [np.array([of[m][key]["passes"] for key in alike]) for m in (mode, "off")]
             row["passes"] = {"of_off": by_pass(*times), "rounds": len(alike)}
             row["quiet"] = quiet(*times)
+            row["by_length"] = by_length(*times)
         if alike:
             row["longest_fifth"] = longest_fifth([of[mode][key]["passes"] for key in alike])
         row["slow"] = slow([run for run in runs if run["concurrency"] == concurrency], mode)
@@ -192,9 +212,9 @@ def measure(args: argparse.Namespace, began: float) -> list[dict[str, Any]]:
     awake = Awake(args.cpus, args.awake_file)
     awake.look()
     config = llm.llm_engine.vllm_config
-    methods, graphs = facts["unhooked"]
-    if not methods or (facts["sealed"][0] and not graphs):
-        raise RuntimeError(f"off would not be off: (methods, graphs) unhooked would be {facts['unhooked']}")
+    methods, layers, graphs = facts["unhooked"]
+    if not methods or not layers or (facts["sealed"][0] and not graphs):
+        raise RuntimeError(f"off would not be off: (methods, layers', graphs) unhooked would be {facts['unhooked']}")
     say("ENGINE", ready_s=round(time.monotonic() - began, 1), awake=awake.now, options=args.option, **{
         key: facts[key] for key in ("capture", "sealed", "runner", "unhooked")
     }, async_scheduling=config.scheduler_config.async_scheduling)  # fmt: skip
@@ -232,10 +252,10 @@ def measure(args: argparse.Namespace, began: float) -> list[dict[str, Any]]:
                     say("RUN", **run)
                     runs.append({**run, "file": ""})
     finally:
-        for concurrency, parts in within.items():
-            segments.summarise(parts, concurrency)
         awake.stop()
         llm.llm_engine.engine_core.shutdown()
+        for concurrency, parts in within.items():
+            segments.summarise(parts, concurrency)
     return runs
 
 

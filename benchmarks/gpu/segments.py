@@ -111,9 +111,9 @@ def summarise(found: dict[str, list[dict[str, Any]]], concurrency: int) -> None:
         row: dict[str, Any] = {"concurrency": concurrency, "mode": mode, "rounds": len(rounds)}
         row |= {key: round(statistics.fmean(r[key] for r in rounds), 2) for key in rounds[0] if key != "parts"}
         print("SEGMENTS", json.dumps(row), flush=True)
-    for part in found["off"][0]["parts"]:
+    for part in next(iter(found.values()))[0]["parts"]:
         row = {"concurrency": concurrency, "part": part}
         for mode, rounds in found.items():
-            spent = [pair for r in rounds for pair in r["parts"].get(part, ())]
+            spent = [taken for r in rounds for taken in r["parts"].get(part, ())]
             row[mode] = [round(statistics.median(column), 4) for column in zip(*spent, strict=True)]
         print("SEGMENT", json.dumps(row), flush=True)

@@ -7,7 +7,8 @@
 off          the model runner, the layers and their routers have their own methods and full graphs their own replay;
              nothing is published, the front end notes no request, and /metrics has vLLM's own alone. What stays: graphs
              have the monitor's branch, which finds that no token is real (what that costs, latency.py tells), graphs in
-             pieces a replay that returns on its first line, and the loop of the engine room for its frames
+             pieces a replay that returns on its first line, V2's classes of graphs a look at whether they are to be
+             named, and the loop of the engine room for its frames
 on           everything
 untraced     on, and no request is traced
 unpublished  on, and the publisher's thread does nothing
@@ -28,22 +29,23 @@ HOOKED = ("execute_model", "_model_forward", "prepare_inputs")
 
 
 class _Hooks(NamedTuple):
-    """What is put on the objects of a worker: ``replaced`` attributes (owner, name, ours, their own or None), and full
-    ``graphs`` (graph, our class, torch's).
+    """What is put on the objects of a worker: replaced attributes (owner, name, ours, their own or None) of the model
+    ``runner`` and of ``layers`` and their routers, and full ``graphs`` (graph, our class, torch's).
     """
 
-    replaced: list[tuple[Any, str, Any, Any]]
+    runner: list[tuple[Any, str, Any, Any]]
+    layers: list[tuple[Any, str, Any, Any]]
     graphs: list[tuple[Any, type, type]]
 
     @classmethod
     def of(cls, runner: Any) -> _Hooks:
-        replaced = []
+        methods = []
         for name in HOOKED:
             ours = runner.__dict__.get(name)
             if hasattr(ours, "__wrapped__"):
-                replaced.append((runner, name, ours, ours.__wrapped__))
-        for owner, name, own in runner._moe_monitor._wrapping._replaced:
-            replaced.append((owner, name, owner.__dict__[name], own))
+                methods.append((runner, name, ours, ours.__wrapped__))
+        put = runner._moe_monitor._wrapping._replaced
+        layers = [(owner, name, owner.__dict__[name], own) for owner, name, own in put]
         manager = getattr(runner, "cudagraph_manager", None)
         if manager is not None and hasattr(manager, "graphs"):
             graphs = list(manager.graphs.values())
@@ -53,10 +55,10 @@ class _Hooks(NamedTuple):
         watched = [graph for graph in graphs if "_moe_monitor" in graph.__dict__ and "replay" not in graph.__dict__]
         module = watching.__name__
         torchs = [next(c for c in type(graph).__mro__ if c.__module__ != module) for graph in watched]
-        return cls(replaced, [(graph, type(graph), c) for graph, c in zip(watched, torchs, strict=True)])
+        return cls(methods, layers, [(graph, type(graph), c) for graph, c in zip(watched, torchs, strict=True)])
 
     def put(self, *, on: bool) -> None:
-        for owner, name, ours, own in self.replaced:
+        for owner, name, ours, own in (*self.runner, *self.layers):
             if on:
                 setattr(owner, name, ours)
             elif own is None:
@@ -109,7 +111,7 @@ def switch(worker: Any, mode: str) -> dict[str, Any]:
         "dropped": sum(status.dropped.values()),
         "capture": status.capture,
         "sealed": [sum(graph.sealed for graph in found.values()), len(found)],
-        "unhooked": [len(part) for part in hooks],  # in mode off: methods, graphs
+        "unhooked": [len(part) for part in hooks],  # in mode off: of the model runner, of layers, graphs
         "runner": type(worker.model_runner).__module__,
         "pid": os.getpid(),
     }

@@ -535,14 +535,23 @@ def _workers(sources: Sources) -> str:
     raise Changed("run_headless does not start workers with monitor_workers=False", SERVE, node.lineno)
 
 
+_CORE_LOOP, _ACTORS_LOOP, _WORKER_LOOP = (
+    "engine_core.run_busy_loop",
+    "self.run_busy_loop",
+    "worker.worker_busy_loop",
+)
+
+
 def _loop(path: str, cls: str, name: str, call: str) -> Test:
-    """A method without arguments that the process calls by its name, once plug-ins are there: its object is made."""
+    """A method that takes and is given nothing, called by its name when its object, and so plug-ins, are there."""
 
     def check(sources: Sources) -> str:
-        takes(path, name, cls=cls)(sources)
+        node = sources.function(path, name, cls)
+        if [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)] != ["self"]:
+            raise Changed(f"{name}{ast.unparse(node.args)}", path, node.lineno)
         calls = _calls(sources.tree(path), call)
         if not calls or calls[0].args or calls[0].keywords:
-            raise Changed(f"it is not called as {call}()", path, sources.function(path, name, cls).lineno)
+            raise Changed(f"it is not called as {call}()", path, node.lineno)
         return f"{path}:{calls[0].lineno}"
 
     return check
@@ -816,17 +825,14 @@ CHECKS = (
     ),
     Check("frontend", "attach_router is imported late and mounts /metrics", _late_import),
     Check("loops", "plug-ins are loaded when an engine core is made", _core_loads),
+    Check("loops", "the loop of an engine core", _loop(CORE, "EngineCoreProc", "run_busy_loop", _CORE_LOOP)),
+    Check("loops", "the loop of a data-parallel one", _loop(CORE, "DPEngineCoreProc", "run_busy_loop", _CORE_LOOP)),
     Check(
         "loops",
-        "EngineCoreProc.run_busy_loop",
-        _loop(CORE, "EngineCoreProc", "run_busy_loop", "engine_core.run_busy_loop"),
+        "the loop of engine cores that are actors of Ray",
+        _loop(CORE, "EngineCoreProc", "run_busy_loop", _ACTORS_LOOP),
     ),
-    Check("loops", "DPEngineCoreProc.run_busy_loop", has(CORE, "DPEngineCoreProc", "run_busy_loop")),
-    Check(
-        "loops",
-        "WorkerProc.worker_busy_loop",
-        _loop(MULTIPROC, "WorkerProc", "worker_busy_loop", "worker.worker_busy_loop"),
-    ),
+    Check("loops", "the loop of a worker", _loop(MULTIPROC, "WorkerProc", "worker_busy_loop", _WORKER_LOOP)),
     Check("beside", "CoreEngineProcManager(local_engine_count, start_index, vllm_config, local_client)", _engines),
     Check("beside", "headless nodes start engines with local_client=False", _headless),
     Check("beside", "nodes with workers alone start them with monitor_workers=False", _workers),

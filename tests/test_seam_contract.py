@@ -212,6 +212,17 @@ MUTATIONS = [
     ("vllm/v1/engine/utils.py", "ray.init()", "ray.init(address=None)", "starts Ray", "changed"),
     ("vllm/v1/executor/ray_executor_v2.py", "self._build_runtime_env(", "self._env(", "second Ray executor", "changed"),
     ("vllm/v1/executor/ray_executor_v2.py", '"env_vars"', '"variables"', "second Ray executor", "changed"),
+    ("vllm/v1/engine/core.py", "load_general_plugins()", "load()", "when an engine core is made", "changed"),
+    ("vllm/v1/engine/core.py", "engine_core.run_busy_loop()", "engine_core.run()", "loop of an engine core", "changed"),
+    (
+        "vllm/v1/engine/core.py",
+        "def run_busy_loop(self)",
+        "def run_busy_loop(self, n)",
+        "a data-parallel one",
+        "changed",
+    ),
+    ("vllm/v1/engine/core.py", "self.run_busy_loop()", "self.run()", "that are actors of Ray", "changed"),
+    ("vllm/v1/executor/multiproc_executor.py", "worker_busy_loop(", "busy_loop(", "loop of a worker", "missing"),
 ]
 
 

@@ -141,6 +141,7 @@ def capture_of(ratio: float, descriptors: list[BatchDescriptor], way: str) -> Ca
     meter.graphs.mailbox = KeepsUp(torch.device("cpu"), 1 << 15, LAYERS, NoSender())  # type: ignore[arg-type]
     meter.clean = sealed  # as after a pass on a GPU
     meter._logit_bytes, meter._id_bytes = 2, 4
+    meter._form = (torch.bfloat16, EXPERTS, torch.int32, TOP_K)
     meter._ring = Ring(torch.device("cpu"), 64, (LAYERS, 2), torch.int64, NoSender())  # type: ignore[arg-type]
     for descriptor in descriptors:
         pair = (torch.zeros((8, EXPERTS), dtype=torch.bfloat16), torch.zeros((8, TOP_K), dtype=torch.int32))

@@ -53,22 +53,26 @@ def test_arguments_results_and_exceptions_pass() -> None:
 class Core:
     def run_busy_loop(self) -> Any:
         """Until it is told to end."""
-        return sys._getframe(1).f_code.co_stacksize, self
+        frame, most = sys._getframe(), 0
+        while frame is not None:
+            frame, most = frame.f_back, max(most, frame.f_code.co_stacksize)
+        return most, self
 
     worker_busy_loop = run_busy_loop
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["its own loop", "the other's"])
 def test_each_loop_gets_room_once(own: bool) -> None:
-    first = type("First", (Core,), {"run_busy_loop": Core.run_busy_loop})
-    members = {"run_busy_loop": Core.worker_busy_loop} if own else {}
-    second = type("Second", (first,), members)
-    plain = vars(first)["run_busy_loop"]
+    def other(core: Any) -> Any:
+        return Core.run_busy_loop(core)
+
+    loops: list[Any] = [Core.run_busy_loop, other]
+    first = type("First", (Core,), {"run_busy_loop": loops[0]})
+    second = type("Second", (first,), {"run_busy_loop": loops[1]} if own else {})
     for _ in range(2):  # vLLM may load plug-ins more than once
         patch_core(SimpleNamespace(EngineCoreProc=first, DPEngineCoreProc=second))  # type: ignore[arg-type]
-    assert first.run_busy_loop.__wrapped__ is plain  # type: ignore[attr-defined]
-    assert ("run_busy_loop" in vars(second)) is own
-    for cls in first, second:
+    for cls, loop in (first, loops[0]), (second, loops[1] if own else loops[0]):
+        assert cls.run_busy_loop.__wrapped__ is loop  # type: ignore[attr-defined]
         core = cls()
         room, ran = core.run_busy_loop()
         assert room > 10_000
@@ -82,5 +86,10 @@ def test_a_worker_gets_room() -> None:
 
 
 def test_versions_without_these_loops_are_left_alone() -> None:
-    with pytest.raises(AttributeError):
-        patch_workers(SimpleNamespace(WorkerProc=object))  # type: ignore[arg-type]
+    class EngineCoreProc(Core): ...
+
+    plain = EngineCoreProc.run_busy_loop
+    with pytest.raises(AttributeError, match="DPEngineCoreProc"):
+        patch_core(SimpleNamespace(EngineCoreProc=EngineCoreProc))  # type: ignore[arg-type]
+    assert EngineCoreProc.run_busy_loop is plain
+    assert Core().run_busy_loop()[0] < 10_000

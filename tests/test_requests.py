@@ -127,11 +127,9 @@ def test_chance_is_uniform_and_the_same_everywhere() -> None:
     few = {i for i in ids if chosen(i, 0.05)}
     assert few <= {i for i in ids if chosen(i, 0.1)}
     assert all(chosen(f"{n}_{i}", 0.05) == (i in few) for i in ids[:200] for n in (0, 1, 12))
-    # Part of what ranks of different versions agree on: from the CRC-32 of "a" and "b", e8b7be43 and 71beeff9.
-    golden = 11400714819323198485
-    for name, crc in (("a", 0xE8B7BE43), ("b", 0x71BEEFF9)):
-        value = crc * golden // 2**16 % 2**32 / 2**32
-        assert (chosen(name, value), chosen(name, math.nextafter(value, 1))) == (False, True)
+    # The same on every rank, whatever machine it runs on. (By a CRC-32 bit by bit: 0.38, 0.93, 0.03, 0.47, 0.71.)
+    fixed = [chosen(i, 0.5) for i in ("cmpl-8-0-deadbeef", "b", "a", "chatcmpl-1", "\u00e9")]
+    assert fixed == [True, False, True, True, False]
 
 
 @pytest.mark.parametrize("form", ["{}", "r{}", "{:032x}", "cmpl-bench-3fa4c1d2-{}-0", "{}-abcdefgh-12345678"])

@@ -39,6 +39,11 @@ from moe_monitor.layout import RowLayout
 _PASSES = 4
 
 
+def _form(logits: Tensor, ids: Tensor) -> tuple[torch.dtype, int, torch.dtype, int]:
+    """Types and widths, for which the kernel is compiled."""
+    return logits.dtype, logits.shape[1], ids.dtype, ids.shape[1]
+
+
 class CudaMeter:
     """Counter rows of one model on one CUDA device; the same interface as :class:`~moe_monitor.capture.meter.Meter`.
 
@@ -122,6 +127,7 @@ class CudaMeter:
         device, layers = logits.device, len(self.layers)
         self._device = device
         self._logit_bytes, self._id_bytes = logits.element_size(), ids.element_size()
+        self._form = _form(logits, ids)
         short_way = sender(device)
         self._rows = torch.zeros((layers, self.layout.width), dtype=torch.int64, device=device)
         self._launcher = launcher = Launcher(
@@ -303,8 +309,10 @@ class CudaMeter:
                 raise RuntimeError("the layers see different tokens within one pass")
             addresses.append(logits.data_ptr())
             addresses.append(ids.data_ptr())
-        if not (contiguous and self._same_forms):  # what is contiguous and as wide is of one form
+        if not (contiguous and self._same_forms):  # rows of contiguous tensors of one width are alike, however many
             strides_of([(logits, ids) for logits, ids, _ in self.pending.values()])
+            if _form(first_logits, first_ids) != self._form:
+                raise RuntimeError(f"routers decide {_form(first_logits, first_ids)}, at the start {self._form}")
             self._same_forms = contiguous and len(layers) == len(self.layers)
         whole = layers == self._order
         self._ring.place()[: len(addresses)] = addresses

@@ -336,9 +336,9 @@ class Launcher:
     ) -> None:
         self._constants = _constants(logits_dtype, ids_dtype, experts, top_k, scoring)
         layout = RowLayout(experts)
-        self._layers = layers = rows.shape[0]
+        layers = rows.shape[0]
         _check(rows, torch.int64, (layers, layout.width))
-        self._slots = slots = 0 if tallies is None else tallies.counts.shape[0]
+        slots = 0 if tallies is None else tallies.counts.shape[0]
         if tallies is not None:
             _check(tallies.counts, torch.int32, (slots, layers, 2, experts))
             _check(tallies.stats, torch.int64, (slots, layers, len(TALLY_COLUMNS)))

@@ -36,7 +36,7 @@ def _new(request: Any) -> New:
     return New(request.req_id, length, request.num_computed_tokens, _extra_args(request))
 
 
-def _live(complete: bool) -> None:
+def _require_complete(complete: bool) -> None:
     if not complete:
         raise NotLive("capture is not live: a pass ended in which not every MoE layer was seen")
 
@@ -113,11 +113,13 @@ class Hooks:
         if self.fuse.blown or not isinstance(meter, CudaMeter):
             return
         if meter.valid:  # no graph is captured in a real pass, and asking takes its time
+            if meter.rows_now is None:  # the very first, without a warm-up pass before it: waits for the compiler
+                with self.fuse.guard("record"):
+                    self._collect(meter, layer, logits, ids)
+                return
             start = time.perf_counter()
             try:  # (as in trace_rows)
-                if layer == 0:
-                    graph_key()  # for what it refuses
-                meter.collect(layer, logits, ids, self.parallel.span(logits.shape[0]))
+                self._collect(meter, layer, logits, ids)
             except Exception as error:
                 self.fuse.blow("record", error)
             self.fuse.status.hook_seconds += time.perf_counter() - start
@@ -130,6 +132,11 @@ class Hooks:
             elif layer == 0:
                 graph_key()
             meter.observe(layer, logits, ids, key, self.parallel.span(logits.shape[0]))
+
+    def _collect(self, meter: CudaMeter, layer: int, logits: torch.Tensor, ids: torch.Tensor) -> None:
+        if layer == 0:
+            graph_key()  # for what it refuses
+        meter.collect(layer, logits, ids, self.parallel.span(logits.shape[0]))
 
     def begin_step(self, scheduled: Any) -> None:
         """The scheduler has decided on a step, with or without a pass; ``scheduled`` is its output."""
@@ -167,7 +174,7 @@ class Hooks:
         if self.fuse.blown or tracer is None or not tracer.live:
             return
         start = time.perf_counter()
-        try:  # nothing in it waits, so it needs no guard, which would take a third as long
+        try:  # nothing in it waits or goes on without end, so it needs no guard, which takes a third as long
             rows = int(batch.num_tokens) if tokens is None else tokens
             index = getattr(batch, "req_id_to_index", None)
             told = getattr(starts, "np", starts)
@@ -232,14 +239,14 @@ class Hooks:
         key: Hashable | None = None
         if isinstance(meter, Meter):
             with self.fuse.guard("record"):
-                _live(meter.end_pass())
+                _require_complete(meter.end_pass())
         else:
             start = time.perf_counter()
             try:  # (as in trace_rows)
                 if meter is None or timed or not (meter.counted or meter.pending):
                     key = graph_key() if self.replayed is None else self.replayed
                 if meter is not None:
-                    _live(meter.end_pass(key, tokens))
+                    _require_complete(meter.end_pass(key, tokens))
             except Exception as error:
                 self.fuse.blow("record", error)
             self.fuse.status.hook_seconds += time.perf_counter() - start

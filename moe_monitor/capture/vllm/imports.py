@@ -23,7 +23,7 @@ class _Finder:
     """Stands first on ``sys.meta_path`` and asks those behind it."""
 
     def __init__(self) -> None:
-        #: Module -> what is called when it has been imported. An entry goes when they are called: a module that is
+        #: Module -> what is called when it has been imported. An entry goes when its hooks are called: a module that is
         #: reloaded is not announced again, one whose import failed is.
         self.hooks: dict[str, list[Hook]] = {}
         self._asking: set[str] = set()
@@ -94,9 +94,10 @@ _finder = _Finder()
 
 
 def when_imported(name: str, hook: Hook) -> None:
-    """Call `hook` with the module `name` after its next import, at once if it is there; after those that came before.
+    """Call `hook` with the module `name` after its next import, at once if it is there. Hooks of one module are called
+    in the order in which they came.
 
-    What the hook raises is logged, and the import goes on.
+    What a hook raises is logged, and the import goes on.
     """
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)

@@ -2,7 +2,7 @@
 which the model is run. They get room for their frames.
 
 CPython keeps the frames of a thread in chunks of 16 KiB. A call whose frame does not fit has another chunk mapped, and
-its return has it unmapped: microseconds instead of nanoseconds, and the processor forgets the addresses it knew
+its return has it unmapped: microseconds instead of nanoseconds, and translations of addresses are flushed
 (https://github.com/python/cpython/issues/142183; newer patch releases keep one chunk at hand). Which calls that hits is
 a matter of what lies below them: a function of ours around one of vLLM's moves the edge, and a pass may become longer,
 or shorter, by much more than the function takes. So the loops run on top of a frame so large that the chunk made for it
@@ -19,27 +19,27 @@ from typing import Any
 _SENTINEL = "_moe_monitor"
 
 #: Slots of the large frame, of 8 bytes each: with them and what it keeps free, CPython makes the chunk one of 256 KiB,
-#: of which more than 128 are left. (It doubles 16 KiB until the frame and 1,000 slots fit.) No more, because profilers
-#: copy chunks up to that size; what is not used takes no memory.
+#: of which more than 128 KiB are left. (It doubles 16 KiB until the frame and 1,000 slots fit.) No larger one, since a
+#: profiler (echion) copies chunks up to that size; what is not used takes no memory.
 _SLOTS = 15_500
 
 
 def roomy(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, called on top of a large frame. For what runs long: to make and unmap the chunk takes a while."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def with_room_for_frames(*args: Any, **kwargs: Any) -> Any:  # seen in tracebacks
         return function(*args, **kwargs)
 
-    run.__code__ = run.__code__.replace(co_stacksize=_SLOTS)
-    return functools.wraps(function)(run)
+    with_room_for_frames.__code__ = with_room_for_frames.__code__.replace(co_stacksize=_SLOTS)
+    return functools.wraps(function)(with_room_for_frames)
 
 
 def patch_core(module: ModuleType) -> None:
     """Hook for ``vllm.v1.engine.core``: the loop of an engine core, which runs the model where there is one worker, and
     that of data-parallel ones.
     """
-    _give_room(module.EngineCoreProc, "run_busy_loop")
-    _give_room(module.DPEngineCoreProc, "run_busy_loop")
+    for cls in module.EngineCoreProc, module.DPEngineCoreProc:
+        _give_room(cls, "run_busy_loop")
 
 
 def patch_workers(module: ModuleType) -> None:

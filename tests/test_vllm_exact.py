@@ -184,8 +184,9 @@ def test_every_token_is_counted_once(traffic: Traffic) -> None:
     computed = sum(n for step in steps for _, _, n in step)
     assert set(select(samples, "moe_routed_tokens_total").values()) == {computed}
     difference = np.abs(matrix(traffic.server) - counts).sum()
-    # A tie may move one token from one expert to another: two counts. The seeds are such that there are next to none.
-    assert traffic.oracle.ties <= 2
+    # A tie may move one token from one expert to another: two counts. There must be next to none: of this model's
+    # decisions one in 20,000 is one, and how many decisions there are is chance.
+    assert traffic.oracle.ties <= 2 + computed * traffic.oracle.layers / 5_000
     assert difference <= 2 * traffic.oracle.ties
     for layer in range(traffic.oracle.layers):
         labels = {"layer": str(layer)}

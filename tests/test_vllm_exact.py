@@ -166,7 +166,7 @@ def test_every_token_is_counted_once(traffic: Traffic) -> None:
                 time.sleep(0.05)
             for r in running:
                 r.result()
-    traffic.send(traffic.prompt(25), n=3, temperature=1.0, max_tokens=30)
+    traffic.send(traffic.prompt(25), n=3, temperature=1.0, seed=1, max_tokens=30)
     for after in (1, 9):
         traffic.abort(traffic.prompt(50), after)
 
@@ -184,9 +184,9 @@ def test_every_token_is_counted_once(traffic: Traffic) -> None:
     computed = sum(n for step in steps for _, _, n in step)
     assert set(select(samples, "moe_routed_tokens_total").values()) == {computed}
     difference = np.abs(matrix(traffic.server) - counts).sum()
-    # A tie may move one token from one expert to another: two counts. There must be next to none: of this model's
-    # decisions one in 20,000 is one, and how many decisions there are is chance.
-    assert traffic.oracle.ties <= 2 + computed * traffic.oracle.layers / 5_000
+    # A tie may move one token from one expert to another: two counts. The seeds are such that there are next to none in
+    # a burst (one of 20,000 decisions of this model is one), and how many bursts there are is chance.
+    assert traffic.oracle.ties <= 2 * bursts, bursts
     assert difference <= 2 * traffic.oracle.ties
     for layer in range(traffic.oracle.layers):
         labels = {"layer": str(layer)}

@@ -183,7 +183,7 @@ def forbid(path: Path) -> None:
 
 DAMAGE = {
     "removed": Path.unlink,
-    "directory removed": lambda path: shutil.rmtree(path.parent),
+    "directory removed": lambda path: shutil.rmtree(path.parent.rename(path.parent.with_name("gone"))),  # at once
     "truncated": cut,
     "overwritten": overwrite,
     "other version": other_version,

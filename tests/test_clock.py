@@ -408,6 +408,74 @@ def test_refused_twins_are_counted_and_said_once(caplog):
     assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["the first"]
 
 
+def worker_of_one_layer():
+    """Its timing, and what of its live layer is wrapped while a pass is timed: a method of its class, and one of the
+    object's own.
+    """
+    from moe_monitor.capture.vllm.latency import Timing
+
+    class Layer:
+        def _forward_impl(self, hidden, logits):
+            return hidden
+
+    layer, gate = Layer(), SimpleNamespace(forward=lambda hidden: hidden)
+    timing = Timing(SimpleNamespace(fuse=Fuse(logging.getLogger("test")), meter=None), [(0, None)], 3, Work(1), 8)
+    _, timing.clock = made(every=3)
+    timing._prepare(layer, "_forward_impl", timing._layer(0, layer, None))
+    timing._prepare(gate, "forward", timing._gate(0, gate))
+    own = gate.forward
+
+    def wrapped():
+        found = "_forward_impl" in vars(layer), gate.forward is not own
+        assert found[0] is found[1]
+        return found[0]
+
+    return timing, wrapped
+
+
+def test_a_layer_is_wrapped_while_its_pass_is_timed():
+    timing, wrapped = worker_of_one_layer()
+    timed = []
+    for _ in range(12):
+        assert not wrapped()
+        timing.begin(3)
+        assert wrapped() is timing.sampling
+        timed.append(timing.sampling)
+        if timing.sampling and sum(timed) == 2:
+            timing.dummy()
+        timing.end(None)
+    assert sum(timed) == 4
+
+
+@pytest.mark.parametrize("how", ["fails", "fails while a pass begins", "detached"])
+def test_a_layer_is_its_own_again_when_timing_ends(how):
+    timing, wrapped = worker_of_one_layer()
+    at_once, began = how == "fails while a pass begins", timing.clock.begin
+
+    def begin(*args):
+        began(*args)
+        if at_once and timing.sampling:
+            timing.fail(RuntimeError("now"))
+
+    timing.clock.begin = begin
+    while timing.clock is not None and not timing.sampling:
+        timing.begin(3)
+    assert wrapped() is not at_once
+    if how == "fails":
+        timing.fail(RuntimeError("now"))
+    elif how == "detached":
+        timing.arm(False)
+    assert not wrapped()
+
+
+def test_layers_are_wrapped_while_graphs_are_captured():
+    timing, wrapped = worker_of_one_layer()
+    timing.before_graphs()
+    assert wrapped()
+    timing.after_graphs()
+    assert not wrapped()
+
+
 def test_no_more_twins_than_device_memory_is_set_aside_for(monkeypatch):
     driver, clock = made()
     first, second = captured(driver, clock), captured(driver, clock, ("FULL", 16), beside=True)

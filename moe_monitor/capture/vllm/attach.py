@@ -135,7 +135,7 @@ class Capture(Hooks):
         if self.timing is not None:
             width = 0 if self.meter is None else self.meter.layout.width
             parents = parents_of(model_runner.model, layers)
-            self.timing.attach_cuda(layers, parents, model_runner.device, width, self._wrapping.put)
+            self.timing.attach_cuda(layers, parents, model_runner.device, width)
 
     def _attach_cpu(self, model_runner: Any, layers: list[tuple[int, Any]], facts: RouterFacts, metered: bool) -> None:
         slots = self._slots(len(layers), facts.experts)
@@ -159,6 +159,8 @@ class Capture(Hooks):
         """Undo the wrapping of the live model."""
         op.set_observer(None)
         op.set_clock(None)
+        if self.timing is not None:
+            self.timing.arm(False)
         self._wrapping.undo()
 
     def _publish(self, config: Any, identity: dict[str, Any], settings: Settings) -> None:

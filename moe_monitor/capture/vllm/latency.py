@@ -5,6 +5,9 @@ On CUDA the MoE layer is one opaque op to the compiler, so the live layer's ``_f
 found in the captured graph, and in passes without a graph it is run once more, timed. On CPUs the compiler traces
 through everything, and the time is taken by an op at the block that holds gate and layer.
 
+The wrappers on CUDA are put on for passes that are timed and while graphs are captured, and are off in all others: in a
+pass without a graph one a layer would take as long as half of the monitor's work there.
+
 Whatever fails here switches timing off, and nothing else.
 """
 
@@ -19,11 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_monitor.capture.clock import ENTER, GATE_BEGIN, GATE_END, LEAVE, ROUTE_BEGIN, HostClock, Work, kind_of
-from moe_monitor.capture.cuda import CudaMeter
 from moe_monitor.capture.device_clock import DeviceClock
 from moe_monitor.capture.driver import Driver
 from moe_monitor.capture.fuse import Guard
-from moe_monitor.capture.quick import NEVER, Unmetered
+from moe_monitor.capture.quick import NEVER
 from moe_monitor.capture.vllm import op
 from moe_monitor.latency import LatencyTable
 
@@ -62,6 +64,9 @@ class Timing:
         self.passes = self.soonest = 0
         self._refusals = 0
         self._every, self._work, self._experts, self._count = every, work, experts, len(layers)
+        #: What is put on live objects for a pass that is timed: (attributes, name, ours, their own or None).
+        self._wrappers: list[tuple[dict[str, Any], str, Callable[..., Any], Any]] = []
+        self._armed = False
 
     def guard(self, *, serving: bool = True) -> Guard:
         """Run a part of timing: what it raises switches timing off instead of reaching the caller."""
@@ -71,6 +76,7 @@ class Timing:
         """Switch timing off for good, and say so once."""
         clock, self.clock = self.clock, None
         self.soonest = NEVER
+        self.arm(False)
         self._capture.fuse.count_error("latency")
         logger.warning("moe-monitor times no layers any more; everything else goes on. Cause: %r", error)
         if isinstance(clock, DeviceClock):
@@ -82,31 +88,40 @@ class Timing:
 
     # attaching
 
-    def attach_cuda(
-        self, layers: list[tuple[int, Any]], parents: list[Any], device: Any, width: int, wrap: Wrap
-    ) -> None:
-        """Wrap the live layers of a model on a CUDA device."""
+    def attach_cuda(self, layers: list[tuple[int, Any]], parents: list[Any], device: Any, width: int) -> None:
+        """Make wrappers for the live layers of a model on a CUDA device."""
         with self.guard(serving=False):
             self.clock = clock = DeviceClock(
                 self._count, self._every, self._work, self._experts, width=width, device=device, driver=Driver()
             )
             self.table = clock.table
-            meter = self._capture.meter
-            short = meter if isinstance(meter, CudaMeter) else Unmetered()
             for position, (_, runner) in enumerate(layers):
                 outside = getattr(parents[position], "gate", None) if runner.gate is None else None
-                wrap(runner, "_forward_impl", self._layer(position, runner, outside, short))
+                self._prepare(runner, "_forward_impl", self._layer(position, runner, outside))
                 if runner.gate is not None:
-                    wrap(runner.gate, "forward", self._gate(position, runner.gate, short))
+                    self._prepare(runner.gate, "forward", self._gate(position, runner.gate))
 
-    # (``short``: the meter, whose turn it is in a pass that is not timed)
+    def _prepare(self, target: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        attributes = target.__dict__  # a module's own way to set one takes long
+        self._wrappers.append((attributes, name, wrapper, attributes.get(name)))
 
-    def _layer(self, position: int, runner: Any, gate: Any, short: CudaMeter | Unmetered) -> Callable[..., Any]:
+    def arm(self, on: bool) -> None:
+        """Put the wrappers of a CUDA model on its layers and gates, or take them off. Cannot fail."""
+        if on is self._armed:
+            return
+        self._armed = on
+        for attributes, name, wrapper, own in self._wrappers:
+            if on:
+                attributes[name] = wrapper
+            elif own is None:
+                attributes.pop(name, None)
+            else:
+                attributes[name] = own
+
+    def _layer(self, position: int, runner: Any, gate: Any) -> Callable[..., Any]:
         original = runner._forward_impl
 
         def forward_impl(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> Any:
-            if short.turn == position:
-                return original(hidden_states, router_logits, *args, **kwargs)
             clock = self.noting
             if clock is None:
                 return original(hidden_states, router_logits, *args, **kwargs)
@@ -122,12 +137,10 @@ class Timing:
 
         return forward_impl
 
-    def _gate(self, position: int, gate: Any, short: CudaMeter | Unmetered) -> Callable[..., Any]:
+    def _gate(self, position: int, gate: Any) -> Callable[..., Any]:
         original = gate.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if short.turn == position:
-                return original(*args, **kwargs)
             self.point(position, GATE_BEGIN)
             result = original(*args, **kwargs)
             self.point(position, GATE_END)
@@ -159,8 +172,10 @@ class Timing:
         with self.guard():
             clock.begin(passes, tokens, lambda: kind_of(self.scheduled, self.decode_tokens), self._rows())
             self.soonest = passes + 1 if clock.sampling else clock.soonest
+            self.arm(clock.sampling)
         if self.clock is None:  # switched off meanwhile
             self.soonest = NEVER
+            self.arm(False)
 
     @property
     def sampling(self) -> bool:
@@ -180,6 +195,7 @@ class Timing:
         clock = self.clock
         if clock is None or not clock.sampling:
             return
+        self.arm(False)
         with self.guard():
             if isinstance(clock, DeviceClock):
                 clock.end(key, self._rows())
@@ -190,6 +206,7 @@ class Timing:
         """A pass that is none of the server's work is about to run."""
         clock = self.clock
         if clock is not None and clock.sampling:
+            self.arm(False)
             with self.guard(serving=False):
                 clock.cancel()
 
@@ -245,6 +262,7 @@ class Timing:
         if isinstance(self.clock, DeviceClock):
             with self.guard(serving=False):
                 self.clock.before_capture()
+                self.arm(True)
 
     def note_end(self, key: Any) -> None:
         """The model's part of the graph ``key``, or of a piece of it, is captured."""
@@ -265,6 +283,7 @@ class Timing:
 
     def after_graphs(self) -> None:
         """vLLM has captured its graphs."""
+        self.arm(False)
         if isinstance(self.clock, DeviceClock):
             self.clock.after_capture()
 

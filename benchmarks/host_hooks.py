@@ -91,8 +91,8 @@ def launcher(meter: CudaMeter, tallies: DeviceTallies) -> Launcher:
         scoring="softmax",
         tallies=tallies.set_up(torch.device("cpu"), NoSender()),  # type: ignore[arg-type]
     )
-    made._direct = True
-    made._handles = tuple(t.data_ptr() for t in made._tensors)
+    made._direct, made._at = True, torch.Tensor.data_ptr
+    made._handles = tuple(map(made._at, made._tensors))
     made._compiled = dict.fromkeys((False, True), (nothing, None, None))
     return made
 
@@ -140,7 +140,7 @@ def capture_of(ratio: float, descriptors: list[BatchDescriptor], way: str) -> Ca
     meter._launcher = launcher(meter, tallies)
     meter.graphs.mailbox = KeepsUp(torch.device("cpu"), 1 << 15, LAYERS, NoSender())  # type: ignore[arg-type]
     meter.clean = sealed  # as after a pass on a GPU
-    meter._logit_bytes, meter._id_bytes = 2, 4
+    meter._logit_bytes, meter._id_bytes, meter.few = 2, 4, 1 << 14
     meter._form = (torch.bfloat16, EXPERTS, torch.int32, TOP_K)
     meter._ring = Ring(torch.device("cpu"), 64, (LAYERS, 2), torch.int64, NoSender())  # type: ignore[arg-type]
     for descriptor in descriptors:

@@ -18,7 +18,7 @@ against copies. Importing this module needs neither Triton nor CUDA.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -275,8 +275,8 @@ def _plan(layout: RowLayout) -> tuple[Tensor, Tensor, int]:
     return torch.from_numpy(bounds), torch.from_numpy(columns), at + 1
 
 
-def _block(experts: int) -> int:
-    """Tokens that a program takes at a time."""
+def tokens_at_a_time(experts: int) -> int:
+    """Tokens that a program of the kernel takes at a time."""
     return min(_BLOCK, max(1, _TILE // max(32, triton.next_power_of_2(experts))))
 
 
@@ -298,7 +298,7 @@ def _constants(
     padded = max(32, triton.next_power_of_2(experts))
     return (
         *(types[logits_dtype], types[ids_dtype], logits_dtype.itemsize, layout.width, experts, top_k),
-        *(padded, triton.next_power_of_2(top_k), _block(experts), _CHUNK, _WIDE, _NARROW, _plan(layout)[2]),
+        *(padded, triton.next_power_of_2(top_k), tokens_at_a_time(experts), _CHUNK, _WIDE, _NARROW, _plan(layout)[2]),
         *(1 / math.log(experts) if experts > 1 else 0.0, float(FIXED_POINT), scoring == "sigmoid"),
     )
 
@@ -348,9 +348,10 @@ class Launcher:
         self._tensors = (rows, spare, bounds.to(device), columns.to(device), *(tallies or (spare, rows)))
         # on CUDA launches pass addresses: cheaper than having every tensor asked for its own each time
         self._direct = device.type == "cuda"
-        self._handles: tuple[Any, ...] = tuple(t.data_ptr() for t in self._tensors) if self._direct else self._tensors
+        self._at: Callable[[Tensor], Any] = Tensor.data_ptr if self._direct else lambda tensor: tensor
+        self._handles: tuple[Any, ...] = tuple(map(self._at, self._tensors))
         self._index: Any = device.index  # a tensor on CUDA has one
-        self._block = _block(experts)
+        self._block = tokens_at_a_time(experts)
         self._strides = (experts, top_k)
         #: The arguments that only depend on whether requests are traced, and on who says how many tokens are real.
         self._tails = {
@@ -365,18 +366,20 @@ class Launcher:
         large steps differ only in their grid. Each runs once, on no tokens: nothing changes.
         """
         self._nothing = torch.zeros((1, 2), dtype=torch.int64, device=self._tensors[0].device)
+        spare = self._tensors[1]
+        given = (self._nothing, spare, spare, spare)
         for variant in device_n:
-            arguments = self._arguments(self._tensors, [self._nothing, None, None, None], (0, 0, 0, 0), variant)
+            arguments = self._arguments(self._tensors, given, (0, 0, 0, 0), traced=False, device_n=variant)
             kernel = _meter_kernel[(1, 2)](*arguments, num_warps=_WARPS)
             self._compiled[variant] = kernel and (kernel.run, kernel.function, kernel.packed_metadata)
 
     def _arguments(
-        self, own: tuple[Any, ...], given: list[Any], numbers: Sequence[int], device_n: bool
+        self, own: tuple[Any, ...], given: tuple[Any, ...], numbers: Sequence[int], *, traced: bool, device_n: bool
     ) -> tuple[Any, ...]:
-        rows, spare, bounds, columns, counts, stats = own
-        table, row_of, n_valid, slot_of_row = [spare if x is None else x for x in given]
+        rows, _, bounds, columns, counts, stats = own
+        table, row_of, n_valid, slot_of_row = given
         head = (rows, table, row_of, bounds, columns, n_valid, slot_of_row, counts, stats)
-        return (*head, *numbers, *self._tails[given[3] is not None, device_n])
+        return (*head, *numbers, *self._tails[traced, device_n])
 
     def parts(self, layers: int, tokens: int) -> int:
         """Programs per layer of a launch over so many layers and (at most) so many tokens."""
@@ -409,13 +412,16 @@ class Launcher:
         """
         if n_valid <= 0:
             return
-        grid = (table.shape[0], self.parts(table.shape[0], n_valid), 1)
-        given: list[Any] = [table, row_of, n_valid_device, slot_of_row]
+        layers, own, at, variant = table.shape[0], self._handles, self._at, n_valid_device is not None
+        grid = (layers, self.parts(layers, n_valid), 1)
+        given = (
+            at(table),
+            own[1] if row_of is None else at(row_of),
+            own[1] if n_valid_device is None else at(n_valid_device),
+            own[1] if slot_of_row is None else at(slot_of_row),
+        )
         numbers = (n_valid, row_start, *(strides or self._strides))
-        variant = n_valid_device is not None
-        if self._direct:
-            given = [None if t is None else t.data_ptr() for t in given]
-        arguments = self._arguments(self._handles, given, numbers, variant)
+        arguments = self._arguments(own, given, numbers, traced=slot_of_row is not None, device_n=variant)
         if not self._direct:
             _meter_kernel[grid](*arguments, num_warps=_WARPS)
             return

@@ -711,8 +711,25 @@ def read_in_place(meter, places=16):
     meter._ring = Ring(torch.device("cpu"), places, (len(meter.layers), 2), torch.int64, MemorySender())
 
 
+@pytest.mark.parametrize(("layers", "experts", "in_place"), [(16, 64, 4096), (58, 256, 280)], ids=["OLMoE", "large"])
+def test_whose_the_rows_are_is_read_in_place_for_as_many_as_take_less_time_than_a_copy(
+    layers, experts, in_place
+) -> None:
+    tallies, places = DeviceTallies(4, layers, experts), {}
+    tallies.set_up(torch.device("cpu"), MemorySender())
+    for n in (1, in_place, in_place + 1, 9000, 20_000, 12, 8192):
+        spans = [(0, 1, 6), (n // 2, n // 2 + 1, 3), (n - n // 3, n, 1)]
+        tallies.set_rows(Owners(n, [span for span in spans if span[0] < span[1]]))
+        found = tallies.rows(0, 0, n)
+        assert np.array_equal(found[:n].numpy(), tallies.owners.codes()), n
+        assert tallies.rows(0, 0, n) is found, "sent once"
+        places[n] = any(found.data_ptr() == place.data_ptr() for place in tallies._ring._host)
+    assert [n for n, there in places.items() if there] == [1, in_place, 12]
+
+
 @interpreted
-def test_a_pass_without_a_graph_is_counted_by_the_short_way_too() -> None:
+@pytest.mark.parametrize("split", [None, lambda: False], ids=["others' tokens too", "alone"])
+def test_a_pass_without_a_graph_is_counted_by_the_short_way_too(split) -> None:
     device, quickly = Device(), []
     device.warm_up(8)
     read_in_place(device.meter)
@@ -726,18 +743,24 @@ def test_a_pass_without_a_graph_is_counted_by_the_short_way_too() -> None:
             device.meter.collect(layer, logits, ids, span)
             return None, ids
 
-        quick.routing(device.meter, layer, lambda _, logits: (None, ids), otherwise)(None, logits)
+        quick.routing(device.meter, layer, lambda _, logits: (None, ids), otherwise, split)(None, logits)
         quickly.append(not general)
 
     device.meter.observe = observe
-    assert device.eager(5) and device.eager(3, rows=8)
-    assert quickly == [False, True, True] * 2
+    assert device.eager(5) and device.eager(3, rows=8) and device.eager(7)
+    assert quickly == [split is not None, True, True] * 3
+    decide, device.decide = device.decide, lambda tokens: [strided(tensor) for tensor in decide(tokens)]
+    assert device.eager(6)
+    assert quickly[9:] == [split is not None, False, False], "the end of the pass looks how they lie"
+    device.decide = decide
+    assert device.eager(4)
     device.meter._stream, stream = None, device.meter._stream  # what follows reads as without a GPU
     device.check()
     device.meter._stream = stream
+    quickly.clear()
     assert not device.eager(4, layers=(0, 2)), "a layer is missing"
-    assert quickly[6:] == [False, False], "what comes out of turn is left to the general hook"
-    device.meter._pending_limit = 100  # each layer is counted by itself
+    assert quickly == [split is not None, False], "what comes out of turn is left to the general hook"
+    device.meter._pending_limit, device.meter.few = 100, 1  # each layer is counted by itself
     quickly.clear()
     assert device.eager(5) and quickly == [False] * 3
     with pytest.raises(RuntimeError, match="layer 0 was routed twice"):

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_monitor.capture.kernels import Tallies, tally_reference
+from moe_monitor.capture.kernels import Tallies, tally_reference, tokens_at_a_time
 from moe_monitor.capture.sending import Ring, Sender, wait_for
 from moe_monitor.layout import NO_ENTROPY, TALLY_COLUMNS
 
@@ -122,9 +122,13 @@ class DeviceTallies:
     Made on the first router's pass, when the device is known: see :meth:`set_up`.
     """
 
-    #: Slots taken in one go, attributions that may be queued at once, and rows up to which kernels read the host's
-    #: memory: once for each layer, which of many rows would take longer than a copy.
-    _BATCH, _RING, _IN_PLACE = 32, 16, 1024
+    #: Slots taken in one go, attributions that may be queued at once, and rows for which there is room from the start.
+    _BATCH, _RING, _ROWS = 32, 16, 8192
+
+    #: Kernels read the host's memory for up to so many times that one of their programs takes tokens, which an H200
+    #: does in 25 us (``benchmarks/gpu/rows_in_place.py``). The host takes longer than that for a copy, which is what
+    #: larger passes get.
+    _READS = 4096
 
     def __init__(self, slots: int, layers: int, experts: int) -> None:
         self.slots = slots
@@ -132,7 +136,6 @@ class DeviceTallies:
         self.tallies: Tallies | None = None
         #: Whose the rows of the coming pass are.
         self.owners: Owners | None = None
-        self._sender: Sender | None = None
         self._sent: tuple[Owners, int, int, int] | None = None
         self._sent_to: Tensor | None = None
         self._outgrown: list[Ring] = []
@@ -146,7 +149,6 @@ class DeviceTallies:
     @torch.inference_mode(False)
     def set_up(self, device: torch.device, sender: Sender | None = None) -> Tallies:
         slots, layers, experts = self._shape
-        self._sender = sender
         self._device, self._pinned = device, device.type == "cuda"
         self.tallies = made = Tallies.empty(slots, layers, experts, device)
         n, pin = self._BATCH, self._pinned
@@ -154,12 +156,13 @@ class DeviceTallies:
         self._stats_out = torch.empty((n, *made.stats.shape[1:]), dtype=torch.int64, pin_memory=pin)
         self._index = torch.zeros(n, dtype=torch.int64, pin_memory=pin)
         self._index_device = torch.zeros(self._BATCH, dtype=torch.int64, device=device)
-        self._ring = self._ring_of(self._IN_PLACE, self._sender)
-        self._wide = self._ring_of(2 * self._IN_PLACE, None)
+        few = min(max(1, self._READS // layers) * tokens_at_a_time(experts), self._ROWS)
+        self._ring, self._wide = self._ring_of(few, sender), self._ring_of(self._ROWS, None)
         self.take([0])  # loads the kernels now rather than while serving
         return made
 
     def _ring_of(self, rows: int, sender: Sender | None) -> Ring:
+        self._nobody = memoryview(array("i", (-1,)) * rows)
         return Ring(self._device, self._RING, (rows,), torch.int32, sender)
 
     def set_rows(self, owners: Owners | None) -> None:
@@ -179,14 +182,14 @@ class DeviceTallies:
             return self._sent_to
         if skip + n > owners.rows:
             raise ValueError(f"{owners.rows} rows are attributed to requests, the router saw {skip + n}")
-        ring = self._ring
-        if start + n > ring.size:
-            if start + n > self._wide.size:
+        ring, end = self._ring, start + n
+        if end > ring.size:
+            if end > self._wide.size:
                 self._outgrown.append(self._wide)  # copies out of it may not have run yet
-                self._wide = self._ring_of(2 * (start + n), None)
+                self._wide = self._ring_of(2 * end, None)
             ring = self._wide
-        place, end = ring.place(), start + n
-        place[start:end] = array("i", (-1,)) * n
+        place = ring.place()
+        place[start:end] = self._nobody[:n]
         spans = owners.spans if start == skip == 0 and n == owners.rows else moved(owners.spans, start, skip, end)
         mark(place, spans)
         self._sent, self._sent_to = wanted, ring.send(start, end)

@@ -18,6 +18,7 @@ class Box:
 
 def meter(**of):
     fresh = {"clean": True, "valid": 0, "counted": None, "passes": 0, "tallies": None, "turn": -1, "pending": {}}
+    fresh |= {"addresses": [0] * 6, "few": 0}
     return SimpleNamespace(**{**fresh, **of})
 
 

@@ -255,26 +255,67 @@ def test_a_replay_that_fails_once_it_is_posted_is_told_of_and_raised(fuse) -> No
     assert [str(error) for error in told] == ["the device is full"]
 
 
-def test_decisions_are_kept_in_their_turn_and_all_others_left_to_the_general_hook() -> None:
-    counting, general = meter(turn=0), []
-    original = lambda hidden, logits, scale=1: (f"weights {scale}", f"ids of {logits}")  # noqa: E731
+class Routers:
+    """Those of three layers. ``general``: which went the general way, and the layers that did."""
 
-    def otherwise(position):
+    def __init__(self, counting, **more) -> None:
+        self.general = []
+        self.layers = [quick.routing(counting, i, self._original, self._otherwise(i), **more) for i in range(3)]
+
+    @staticmethod
+    def _original(hidden, logits, scale=1):
+        return f"weights {scale}", logits[:, :2].to(torch.int32).contiguous()
+
+    def _otherwise(self, position):
         def compute(hidden, logits, **more):
-            general.append(position)
-            return original(hidden, logits, **more)
+            self.general.append(position)
+            return self._original(hidden, logits, **more)
 
         return compute
 
-    layers = [quick.routing(counting, i, original, otherwise(i)) for i in range(3)]
-    assert layers[0]("hidden", "a") == ("weights 1", "ids of a")
-    assert general == [0], "the first layer decides what the pass is like"
+
+def test_decisions_are_kept_in_their_turn_and_all_others_left_to_the_general_hook() -> None:
+    counting = meter(turn=0)
+    routers, a, b = Routers(counting), torch.ones(3, 4), torch.ones(3, 4)
+    weights, chosen = routers.layers[0]("hidden", a)
+    assert weights == "weights 1" and chosen.tolist() == [[1, 1]] * 3
+    assert routers.general == [0], "where others' tokens may be seen, the general hook looks whose they are"
     counting.turn = 1
-    assert layers[1]("hidden", "b", scale=2) == ("weights 2", "ids of b")
-    assert layers[2]("hidden", "c") == ("weights 1", "ids of c")
-    assert counting.pending == {1: ("b", "ids of b", quick.WHOLE), 2: ("c", "ids of c", quick.WHOLE)}
-    assert general == [0] and counting.turn == 3
-    layers[2]("hidden", "again")
+    weights, ids = routers.layers[1]("hidden", a, scale=2)
+    assert weights == "weights 2"
+    _, more = routers.layers[2]("hidden", b)
+    assert counting.pending == {1: (a, ids, quick.WHOLE), 2: (b, more, quick.WHOLE)}
+    assert counting.addresses == [0, 0, a.data_ptr(), ids.data_ptr(), b.data_ptr(), more.data_ptr()]
+    assert routers.general == [0] and counting.turn == 3
+    routers.layers[2]("hidden", a)
     counting.turn = -1
-    layers[1]("hidden", "in another pass")
-    assert general == [0, 2, 1] and len(counting.pending) == 2
+    routers.layers[1]("hidden", a)
+    assert routers.general == [0, 2, 1] and len(counting.pending) == 2
+
+
+def test_the_first_layer_of_a_small_pass_is_kept_as_well() -> None:
+    counting = meter(turn=0, few=3)
+    routers = Routers(counting, split=lambda: False)
+    for layer in routers.layers:
+        layer("hidden", torch.ones(3, 4))
+    assert not routers.general and list(counting.pending) == [0, 1, 2] and counting.turn == 3
+    assert not counting.clean, "a pass without a graph ends the general way"
+
+
+@pytest.mark.parametrize(("few", "split"), [(2, lambda: False), (3, lambda: True), (3, lambda: 1 / 0)])
+def test_the_first_layer_of_a_pass_that_is_large_split_or_unreadable_is_left_to_the_general_hook(few, split) -> None:
+    counting = meter(turn=0, few=few)
+    routers = Routers(counting, split=split)
+    routers.layers[0]("hidden", torch.ones(3, 4))
+    assert routers.general == [0] and counting.clean and not counting.pending and counting.turn == 0
+
+
+@pytest.mark.parametrize("logits", [torch.ones(4, 3).T, "not a tensor"])
+def test_a_decision_that_does_not_lie_side_by_side_is_looked_at_when_the_pass_ends(logits) -> None:
+    counting = meter(turn=1)
+    routers = Routers(counting)
+    keeping = quick.routing(counting, 1, lambda *_: ("weights", torch.ones(3, 2)), pytest.fail)
+    assert keeping("hidden", logits)[0] == "weights"
+    assert counting.turn == -1 and counting.pending[1][0] is logits
+    routers.layers[2]("hidden", torch.ones(3, 4))
+    assert routers.general == [2]

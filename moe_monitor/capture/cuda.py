@@ -91,6 +91,10 @@ class CudaMeter:
         #: The layer whose decision comes next in a pass that is not timed and keeps them all until its end; -1 in any
         #: other. 0: which of these it is, the first decision tells.
         self.turn = -1
+        #: Where the decisions lie that came in their turn: of each layer logits, ids.
+        self.addresses = array("q", bytes(16 * len(layers)))
+        #: So many tokens may have a pass without a graph that keeps all decisions until its end; 0 until it is known.
+        self.few = 0
         self._done: set[int] = set()
         self.graphs = Graphs(len(self.layers), traced=tallies is not None)
         self._suspects = Suspects(pending_limit)
@@ -128,6 +132,8 @@ class CudaMeter:
         self._device = device
         self._logit_bytes, self._id_bytes = logits.element_size(), ids.element_size()
         self._form = _form(logits, ids)
+        per_token = self.layout.experts * self._logit_bytes + self.top_k * self._id_bytes
+        self.few = self._pending_limit // (layers * per_token)
         short_way = sender(device)
         self._rows = torch.zeros((layers, self.layout.width), dtype=torch.int64, device=device)
         self._launcher = launcher = Launcher(
@@ -180,8 +186,12 @@ class CudaMeter:
         if self.fallback:
             logits, ids = logits.clone(), ids.clone()
         small = len(self.layers) * (logits.nbytes + ids.nbytes) <= self._pending_limit
-        alike = small and span == WHOLE and not self.fallback
-        self.turn = 1 if self.turn == layer == 0 and alike else -1
+        alike = small and span == WHOLE and not self.fallback and logits.is_contiguous() and ids.is_contiguous()
+        if self.turn == layer == 0 and alike:
+            self.addresses[0], self.addresses[1] = logits.data_ptr(), ids.data_ptr()
+            self.turn = 1
+        else:
+            self.turn = -1
         self.pending[layer] = (logits, ids, span)
         self._pending_bytes += logits.nbytes + ids.nbytes
         if self._pending_bytes > self._pending_limit:
@@ -300,6 +310,13 @@ class CudaMeter:
         if not self.pending:
             return
         assert self._launcher is not None
+        if self.turn == len(self._order) and self._same_forms:  # all came in their turn, and lie side by side
+            self._ring.place()[:] = self.addresses
+            table = self._ring.send(0, len(self.addresses))
+            self._launcher.launch(table, tokens, slot_of_row=self._owners(WHOLE, tokens))
+            self._done.update(self._order)
+            self._let_go()
+            return
         layers = list(self.pending)
         first_logits, first_ids, span = self.pending[layers[0]]
         addresses, contiguous = array("q"), True

@@ -110,20 +110,41 @@ def replaying(
 Routing = Callable[..., tuple[Any, Any]]
 
 
-def routing(meter: CudaMeter, position: int, original: Routing, otherwise: Routing) -> Routing:
+def routing(
+    meter: CudaMeter, position: int, original: Routing, otherwise: Routing, split: Callable[[], bool] | None = None
+) -> Routing:
     """A router in a pass without a graph: the decision of a layer that comes after the one before (``meter.turn``) is
-    kept, as :meth:`~moe_monitor.capture.cuda.CudaMeter.collect` would, for the end of the pass. The first layer's is
-    not: it decides whether the pass is short for those behind it. ``original`` is vLLM's, ``otherwise`` the general
-    hook around it.
+    kept, as :meth:`~moe_monitor.capture.cuda.CudaMeter.collect` would, for the end of the pass. ``original`` is vLLM's,
+    ``otherwise`` the general hook around it. ``split`` tells whether the pass is one of those that are not captured;
+    None, where routers may see other ranks' tokens: the first layer's decision goes the general way then.
     """
-    pending, following = meter.pending, position + 1
+    pending, addresses, place, following = meter.pending, meter.addresses, 2 * position, position + 1
+
+    def begins(logits: Any) -> bool:
+        if split is None:
+            return False
+        try:
+            if logits.shape[0] > meter.few or split():
+                return False
+        except Exception:  # the general hook will meet it, too, and say so
+            return False
+        meter.clean = False
+        return True
 
     def compute_routing(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if meter.turn != position or not position:
+        if meter.turn != position or (position == 0 and not begins(router_logits)):
             return otherwise(hidden_states, router_logits, *args, **kwargs)
         decision = original(hidden_states, router_logits, *args, **kwargs)
-        pending[position] = router_logits, decision[1], WHOLE
-        meter.turn = following
+        try:
+            ids = decision[1]
+            pending[position] = router_logits, ids, WHOLE
+            if router_logits.is_contiguous() and ids.is_contiguous():  # asked now, while they are in the caches
+                addresses[place], addresses[place + 1] = router_logits.data_ptr(), ids.data_ptr()
+                meter.turn = following
+            else:
+                meter.turn = -1
+        except Exception:  # the end of the pass will meet it, too
+            meter.turn = -1
         return decision
 
     return compute_routing

@@ -39,6 +39,16 @@ def graph_key() -> Hashable | None:
     return (mode.name, context.batch_descriptor)
 
 
+def splits() -> Callable[[], bool]:
+    """What tells whether the pass in progress is one that :func:`graph_key` refuses."""
+    get, available = _seam()
+
+    def split() -> bool:
+        return available() and get().ubatch_slices is not None
+
+    return split
+
+
 #: Where all that a router sees is this rank's.
 _ALL = Span()
 
@@ -52,13 +62,18 @@ class Parallel:
     tp_rank: int
     tp_size: int
 
+    @property
+    def alone(self) -> bool:
+        """Whether routers see no other rank's tokens, and all of this one's."""
+        return self.dp_size == 1
+
     def span(self, rows: int) -> Span:
         """Where this rank's tokens lie in the ``rows`` that a router sees.
 
         Without data parallelism: at the head. With it, by the layouts that vLLM's RoutedExpertsCapturer.capture
         distinguishes: this rank's tokens alone, all ranks' one after the other, or a sequence-parallel shard.
         """
-        if self.dp_size == 1:
+        if self.alone:
             return _ALL
         context = _context()
         metadata = None if context is None else context.dp_metadata

@@ -15,6 +15,7 @@ import torch
 from moe_monitor.capture import quick
 from moe_monitor.capture.clock import ROUTE_BEGIN, ROUTE_END
 from moe_monitor.capture.cuda import CudaMeter
+from moe_monitor.capture.vllm.context import splits
 
 if TYPE_CHECKING:
     from moe_monitor.capture.vllm.attach import Capture
@@ -79,4 +80,4 @@ def opaque_routing(router: Any, position: int, capture: Capture) -> Routing:
     meter = capture.meter
     if not isinstance(meter, CudaMeter):
         return compute_routing
-    return quick.routing(meter, position, original, compute_routing)
+    return quick.routing(meter, position, original, compute_routing, splits() if capture.parallel.alone else None)

@@ -1,7 +1,8 @@
 """What the monitor costs the engine, told by switching it on and off in one process.
 
 in_place.py [--modes on,untraced] [--concurrency 32,128] [--deadline-s 570] [--cpus 0-15] [--awake-file F]
-            [--requests 1:24:16,32:160:64,128:384:64] [--range-ratio 0.5] [--segments] [--option NAME=JSON]
+            [--requests 1:24:16,32:160:64,128:384:64] [--range-ratio 0.5] [--segments 32] [--turns FILE]
+            [--option NAME=JSON]
 in_place.py --read FILE...      the summary once more, of all outputs together
 
 Two equal servers differ by some percent, and so does one from minute to minute; this compares seconds of one engine. As
@@ -16,11 +17,21 @@ and of the thread that runs the model. Since the traffic is the same, so is what
 sums, over all passes, of the median over the rounds, which leaves out what a machine does besides; its error is that
 of 300 bootstrap samples of the rounds. ``quiet`` does so with lower quartiles: some machines are slow for a second, now
 and then.
+
+``at_equal_pace`` is the throughput's ratio as it would be had the processor been as fast with the monitor as without:
+the regression of the ratios of all rounds on those of the pace (pace.py), where that is 1. ``pace`` is the latter's
+ratio, which the monitor should not have changed. The mode "again" is off once more: what comes of comparing equals.
+
+With --turns several of these share a GPU and its host: they start together, and measure in turn, while they hold FILE.
+With --segments each round measures every mode once more, at that concurrency and with the marks of segments.py, which
+are not in the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -29,6 +40,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +51,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import llm_options
 import models
 import numpy as np
+import pace
 import segments
 from end_to_end import Awake, bind, cpu_list, mean_ratio, say
 from switching import MODES, switch
 
 #: Of passes, ms.
 LENGTHS = (4.0, 5.0, 6.0, 8.0, 12.0, 20.0)
-METRICS = ("tokens_per_s", "mean_pass_ms", "median_pass_ms", "process_ms_per_s", "model_thread_us_per_pass")
+METRICS = ("tokens_per_s", "pace_us", "mean_pass_ms", "median_pass_ms", "process_ms_per_s", "model_thread_us_per_pass")
 
 
 def parse() -> argparse.Namespace:
@@ -61,7 +74,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cpus", type=cpu_list, default=[])
     parser.add_argument("--awake-file", type=Path)
     llm_options.add_to(parser)
-    parser.add_argument("--segments", action="store_true", help="where in passes without a graph the time goes")
+    parser.add_argument("--turns", type=Path)
+    parser.add_argument("--segments", type=int, default=0, metavar="CONCURRENCY", help="where in a pass the time goes")
     parser.add_argument("--read", type=Path, nargs="+")
     args = parser.parse_args()
     args.modes = ["off", *args.modes.split(",")]
@@ -70,6 +84,8 @@ def parse() -> argparse.Namespace:
     args.concurrency = [int(c) for c in args.concurrency.split(",")]
     shapes = [[int(n) for n in shape.split(":")] for shape in args.requests.split(",")]
     args.requests = {shape[0]: (shape[1], shape[2]) for shape in shapes}
+    if unknown := {*args.concurrency, *filter(None, [args.segments])} - set(args.requests):
+        parser.error(f"--requests says nothing of {sorted(unknown)} at a time")
     return args
 
 
@@ -130,6 +146,25 @@ def quiet(mine: np.ndarray, off: np.ndarray) -> dict[str, float]:
     return {"of_off": round(float(of_off), 4), "us_per_pass": round(float(more), 1)}
 
 
+def at_equal_pace(ratios: list[float], paces: list[float]) -> dict[str, Any]:
+    """``of_off``: where the line through the logarithms of ``ratios`` meets equal paces, and its standard error, by
+    least squares without rounds further off than 3.5 deviations, as the median of all tells them; its ``slope``.
+    """
+    y, x = np.log(ratios), np.log(paces)
+    kept = np.isfinite(y)
+    for _ in range(2):
+        a = np.column_stack([np.ones(kept.sum()), x[kept]])
+        line, *_ = np.linalg.lstsq(a, y[kept], rcond=None)
+        off = y - line[0] - line[1] * x
+        kept = np.abs(off) <= 3.5 * 1.4826 * np.median(np.abs(off))
+    rest = off[kept]
+    a = np.column_stack([np.ones(len(rest)), x[kept]])
+    line, *_ = np.linalg.lstsq(a, y[kept], rcond=None)
+    variance = ((y[kept] - a @ line) ** 2).sum() / max(1, len(rest) - 2) * np.linalg.inv(a.T @ a)[0, 0]
+    ratio = float(np.exp(line[0]))
+    return {"of_off": [round(ratio, 4), round(ratio * float(variance) ** 0.5, 4)], "slope": round(float(line[1]), 2)}
+
+
 def by_length(mine: np.ndarray, off: np.ndarray) -> list[dict[str, float]]:
     """Passes by how long they take, as the median over the rounds of "off" has it: up to ``ms`` (0: longer), how many,
     their share of the time, and us more a pass by medians and by lower quartiles.
@@ -175,13 +210,17 @@ def summarise(runs: list[dict[str, Any]]) -> None:
         }
         both = sorted(of["off"].keys() & of[mode].keys())
         row: dict[str, Any] = {"rounds": len(both)}
-        for metric in METRICS:
+        known = [metric for metric in METRICS if all(metric in of[m][key] for m in of for key in both)]
+        for metric in known:
             row[metric] = {"median": round(statistics.median(of[mode][key][metric] for key in both), 3)}
             if mode != "off":
                 row[metric]["of_off"] = mean_ratio([of[mode][key][metric] / of["off"][key][metric] for key in both])
+        if mode != "off" and "pace_us" in known and len(both) > 3:
+            ratios = [[of[mode][key][m] / of["off"][key][m] for key in both] for m in ("tokens_per_s", "pace_us")]
+            row["at_equal_pace"] = at_equal_pace(*ratios)
         # requests that come late make a pass more, now and then
-        known = [of[m][key]["answers"] for m in of for key in both if of[m][key].get("passes")]
-        usual = statistics.mode(known) if known else 0
+        answers = [of[m][key]["answers"] for m in of for key in both if of[m][key].get("passes")]
+        usual = statistics.mode(answers) if answers else 0
         alike = [key for key in both if all(of[m][key]["answers"] == usual for m in of)]
         if mode != "off" and alike:
             times = [np.array([of[m][key]["passes"] for key in alike]) for m in (mode, "off")]
@@ -193,6 +232,29 @@ def summarise(runs: list[dict[str, Any]]) -> None:
         row["slow"] = slow([run for run in runs if run["concurrency"] == concurrency], mode)
         row["hooks_us_per_pass"] = round(statistics.median(of[mode][key]["hooks_us_per_pass"] for key in both), 1)
         say("IN_PLACE", concurrency=concurrency, mode=mode, **row)
+
+
+def spent(before: dict[str, Any], after: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
+    """What the engine's process, its thread and the hooks took between two answers of switching.switch."""
+    passes, hooks = after["passes"] - before["passes"], 1e6 * (after["hooks"] - before["hooks"])
+    return {
+        "process_ms_per_s": 1e3 * (after["process"] - before["process"]) / found["s"],
+        "model_thread_us_per_pass": 1e6 * (after["thread"] - before["thread"]) / found["answers"],
+        "hooks_us_per_pass": hooks / passes if passes else 0.0,
+        "dropped": after["dropped"],
+    }
+
+
+@contextlib.contextmanager
+def turn_of(file: Path | None) -> Iterator[None]:
+    """While this is held no other measures."""
+    if file is None:
+        yield
+        return
+    with file.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    time.sleep(0.02)  # for whoever waits
 
 
 def measure(args: argparse.Namespace, began: float) -> list[dict[str, Any]]:
@@ -221,41 +283,39 @@ def measure(args: argparse.Namespace, began: float) -> list[dict[str, Any]]:
     traffic = Traffic(args, models.FAMILIES[args.family]["vocab_size"] - 100)
     runs: list[dict[str, Any]] = []
     longest: dict[int, float] = {}
-    within: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    within: dict[str, list[dict[str, Any]]] = {}
     order = random.Random(0)
     try:
         for concurrency in args.concurrency:  # warms up
             traffic.run(llm.llm_engine, concurrency)
         for turn in range(args.rounds):
-            for concurrency in args.concurrency:
-                for mode in order.sample(args.modes, len(args.modes)):
-                    if time.monotonic() - began + 1.5 * longest.get(concurrency, 0) > args.deadline_s:
-                        return runs
-                    before, since = rpc(mode), time.monotonic()
-                    if args.segments:
-                        llm.collective_rpc(segments.mark)
-                    found = traffic.run(llm.llm_engine, concurrency)
-                    if args.segments:
-                        (parts,) = llm.collective_rpc(segments.unmark)
-                        within.setdefault(concurrency, {}).setdefault(mode, []).append(parts)
-                    after = rpc(mode)
-                    longest[concurrency] = max(longest.get(concurrency, 0), time.monotonic() - since)
-                    if after["errors"] or after["reason"]:
-                        raise RuntimeError(f"the monitor reported {after['errors']}: {after['reason']}")
-                    passes, seconds = after["passes"] - before["passes"], found["s"]
-                    run = {"concurrency": concurrency, "mode": mode, "round": turn, **found}
-                    run["process_ms_per_s"] = 1e3 * (after["process"] - before["process"]) / seconds
-                    run["model_thread_us_per_pass"] = 1e6 * (after["thread"] - before["thread"]) / found["answers"]
-                    run["hooks_us_per_pass"] = 1e6 * (after["hooks"] - before["hooks"]) / passes if passes else 0.0
-                    run["dropped"] = after["dropped"]
-                    run = {key: round(value, 4) if isinstance(value, float) else value for key, value in run.items()}
-                    say("RUN", **run)
-                    runs.append({**run, "file": ""})
+            marked = [(args.segments, True)] if args.segments else []
+            for concurrency, marking in [*((each, False) for each in args.concurrency), *marked]:
+                with turn_of(args.turns):
+                    for mode in order.sample(args.modes, len(args.modes)):
+                        if time.monotonic() - began + 1.5 * longest.get(concurrency, 0) > args.deadline_s:
+                            return runs
+                        before, since = rpc(mode), time.monotonic()
+                        llm.collective_rpc(segments.mark if marking else pace.put)
+                        found = traffic.run(llm.llm_engine, concurrency)
+                        (told,) = llm.collective_rpc(segments.unmark if marking else pace.take)
+                        after = rpc(mode)
+                        longest[concurrency] = max(longest.get(concurrency, 0), time.monotonic() - since)
+                        if after["errors"] or after["reason"]:
+                            raise RuntimeError(f"the monitor reported {after['errors']}: {after['reason']}")
+                        if marking:
+                            within.setdefault(mode, []).append(told)
+                            continue
+                        run = {"concurrency": concurrency, "mode": mode, "round": turn, **found, "pace_us": told}
+                        run |= spent(before, after, found)
+                        run = {k: round(v, 4) if isinstance(v, float) else v for k, v in run.items()}
+                        say("RUN", **run)
+                        runs.append({**run, "file": ""})
     finally:
         awake.stop()
         llm.llm_engine.engine_core.shutdown()
-        for concurrency, parts in within.items():
-            segments.summarise(parts, concurrency)
+        if within:
+            segments.summarise(within, args.segments)
     return runs
 
 

@@ -54,10 +54,22 @@ def _taken() -> dict[str, float]:
     }
 
 
+def _noting_kind(original: Callable[..., Any], kinds: list[str]) -> Callable[..., Any]:
+    """Around ``execute_model``: whether a pass brings requests."""
+
+    @functools.wraps(original)
+    def noted(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        kinds.append("new" if scheduler_output.scheduled_new_reqs else "old")
+        return original(scheduler_output, *args, **kwargs)
+
+    return noted
+
+
 def mark(worker: Any) -> None:
     """Put marks around a pass."""
     runner = worker.model_runner
     marks: list[Any] = []
+    kinds: list[str] = []
     undo: list[tuple[Any, str, Any]] = []
 
     def put(owner: Any, name: str, begin: str, end: str) -> None:
@@ -67,6 +79,7 @@ def mark(worker: Any) -> None:
     for name in STEPS:
         if hasattr(runner, name):
             put(runner, name, name, f"{name} end")
+    runner.execute_model = _noting_kind(runner.execute_model, kinds)
     capture = runner._moe_monitor
     routers = [owner for owner, name, _ in capture._wrapping._replaced if name == "_compute_routing"]
     for at, router in enumerate(routers):
@@ -78,14 +91,15 @@ def mark(worker: Any) -> None:
         collections[0] += phase == "stop"
 
     gc.callbacks.append(collected)
-    worker._marks = marks, undo, collected, collections, _taken()
+    worker._marks = marks, kinds, undo, collected, collections, _taken()
 
 
 def unmark(worker: Any) -> dict[str, Any]:
-    """Take them off. ``parts``: of the passes without a graph, what each took by where it begins and ends: ms on the
-    wall, ms of the processor, page faults; [passes].
+    """Take them off. ``parts``: by kind of pass (without a graph: "bare"; with one: "new" if it brings requests, else
+    "old") and by where a part begins and ends, what it took: ms on the wall, ms of the processor, page faults;
+    [passes]. "whole" is from the beginning of a pass to that of the next.
     """
-    marks, undo, collected, collections, before = worker._marks
+    marks, kinds, undo, collected, collections, before = worker._marks
     taken = {name: value - before[name] for name, value in _taken().items()}
     gc.callbacks.remove(collected)
     for owner, name, was in reversed(undo):
@@ -96,24 +110,30 @@ def unmark(worker: Any) -> dict[str, Any]:
             passes.append([])
         if passes:
             passes[-1].append(point)
-    parts: dict[str, list[tuple[float, ...]]] = {}
-    for points, following in itertools.pairwise(passes):
-        if any(name.startswith("router") for name, *_ in points):
-            for (first, *since), (second, *until) in itertools.pairwise([*points, following[0]]):
-                spent = tuple(b - a for a, b in zip(since, until, strict=True))
-                parts.setdefault(f"{first} - {second}", []).append(spent)
+    parts: dict[str, dict[str, list[tuple[float, ...]]]] = {}
+    for kind, points, following in zip(kinds, passes, passes[1:], strict=False):  # nothing follows the last
+        routed = any(name.startswith("router") for name, *_ in points)
+        of_kind = parts.setdefault("bare" if routed else kind, {})
+        between = [*itertools.pairwise([*points, following[0]]), (("whole", *points[0][1:]), following[0])]
+        for (first, *since), (second, *until) in between:
+            spent = tuple(b - a for a, b in zip(since, until, strict=True))
+            of_kind.setdefault("whole" if first == "whole" else f"{first} - {second}", []).append(spent)
     return {"parts": parts, "collections": collections[0], "collecting_ms": 1e3 * collections[1], **taken}
 
 
 def summarise(found: dict[str, list[dict[str, Any]]], concurrency: int) -> None:
-    """Print what :func:`unmark` found: of each part and mode the medians of a pass. The rest are sums of a round."""
+    """Print what :func:`unmark` found: of each kind of pass, part and mode the medians of a
+    pass. The rest are sums of a round."""
     for mode, rounds in found.items():
         row: dict[str, Any] = {"concurrency": concurrency, "mode": mode, "rounds": len(rounds)}
         row |= {key: round(statistics.fmean(r[key] for r in rounds), 2) for key in rounds[0] if key != "parts"}
         print("SEGMENTS", json.dumps(row), flush=True)
-    for part in next(iter(found.values()))[0]["parts"]:
-        row = {"concurrency": concurrency, "part": part}
-        for mode, rounds in found.items():
-            spent = [taken for r in rounds for taken in r["parts"].get(part, ())]
-            row[mode] = [round(statistics.median(column), 4) for column in zip(*spent, strict=True)]
-        print("SEGMENT", json.dumps(row), flush=True)
+    kinds = {kind: dict.fromkeys(parts) for rounds in found.values() for kind, parts in rounds[0]["parts"].items()}
+    for kind, parts in kinds.items():
+        for part in parts:
+            row = {"concurrency": concurrency, "kind": kind, "part": part}
+            for mode, rounds in found.items():
+                spent = [taken for r in rounds for taken in r["parts"].get(kind, {}).get(part, ())]
+                row[mode] = [round(statistics.median(column), 4) for column in zip(*spent, strict=True)]
+                row["n"] = len(spent)
+            print("SEGMENT", json.dumps(row), flush=True)

@@ -4,11 +4,12 @@
 (``POST /collective_rpc``, VLLM_SERVER_DEV_MODE=1), and its front end's part by ``--middleware switching.Middleware``
 (``POST /moe_monitor/MODE``). Nothing may be in flight. Modes:
 
-off          the model runner, the layers and their routers have their own methods and full graphs their own replay;
-             nothing is published, the front end notes no request, and /metrics has vLLM's own alone. What stays: graphs
-             have the monitor's branch, which finds that no token is real (what that costs, latency.py tells), graphs in
-             pieces a replay that returns on its first line, V2's classes of graphs a look at whether they are to be
-             named, and the loop of the engine room for its frames
+off          the model runner and the routers have their own methods and full graphs their own replay; nothing is
+             published, the front end notes no request, and /metrics has vLLM's own alone. What stays: graphs have the
+             monitor's branch, which finds that no token is real (what that costs, latency.py tells), graphs in pieces a
+             replay that returns on its first line, V2's classes of graphs a look at whether they are to be named, and
+             the loop of the engine room for its frames
+again        the same: two of them show by how much a machine differs from itself
 on           everything
 untraced     on, and no request is traced
 unpublished  on, and the publisher's thread does nothing
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 from moe_monitor.capture import replays as watching
 
-MODES = ("off", "on", "untraced", "unpublished")
+MODES = ("off", "again", "on", "untraced", "unpublished")
 
 #: A model runner's methods with hooks around them.
 HOOKED = ("execute_model", "_model_forward", "prepare_inputs")
@@ -80,7 +81,8 @@ def switch(worker: Any, mode: str) -> dict[str, Any]:
         hooks = _Hooks.of(worker.model_runner)
         capture._switched = hooks, capture.tracer._ratio, publisher.publish, publisher.has_gathered
     hooks, ratio, publish, has_gathered = capture._switched
-    hooks.put(on=mode != "off")
+    off = mode in ("off", "again")
+    hooks.put(on=not off)
     tracer = capture.tracer
     for name in list(tracer.live):  # their end comes with a step that is still to come
         tracer._end(name)
@@ -95,9 +97,9 @@ def switch(worker: Any, mode: str) -> dict[str, Any]:
             mailbox.words[place] = 0  # launches that are not posted find no tokens
         mailbox.posted = mailbox.begun[0]
     status = capture.fuse.status
-    capture.fuse.blown = mode == "off"
+    capture.fuse.blown = off
     tracer._ratio = 0.0 if mode == "untraced" else ratio
-    working = mode not in ("off", "unpublished")
+    working = not off and mode != "unpublished"
     publisher.publish = publish if working else lambda: None
     publisher.has_gathered = has_gathered if working else lambda now: False
     found = {} if graphs is None else graphs.found

@@ -19,8 +19,9 @@ of 300 bootstrap samples of the rounds. ``quiet`` does so with lower quartiles: 
 and then.
 
 ``at_equal_pace`` is the throughput's ratio as it would be had the processor been as fast with the monitor as without:
-the regression of the ratios of all rounds on those of the pace (pace.py), where that is 1. ``pace`` is the latter's
-ratio, which the monitor should not have changed. The mode "again" is off once more: what comes of comparing equals.
+the regression of the ratios of the rounds on those of the pace (pace.py), where that is 1. It is worth something where
+the monitor does not change the pace itself, which ``pace_us`` tells. The mode "again" is off once more: what comes of
+comparing equals.
 
 With --turns several of these share a GPU and its host: they start together, and measure in turn, while they hold FILE.
 With --segments each round measures every mode once more, at that concurrency and with the marks of segments.py, which
@@ -146,23 +147,28 @@ def quiet(mine: np.ndarray, off: np.ndarray) -> dict[str, float]:
     return {"of_off": round(float(of_off), 4), "us_per_pass": round(float(more), 1)}
 
 
+def _line(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Intercept and slope by least squares, without what is further off than 3.5 deviations, as the median of all tells
+    them.
+    """
+    kept = np.isfinite(y)
+    for _ in range(3):
+        line: np.ndarray
+        line, *_ = np.linalg.lstsq(np.column_stack([np.ones(kept.sum()), x[kept]]), y[kept], rcond=None)
+        off = np.abs(y - line[0] - line[1] * x)
+        kept = off <= 3.5 * 1.4826 * np.median(off)
+    return line
+
+
 def at_equal_pace(ratios: list[float], paces: list[float]) -> dict[str, Any]:
-    """``of_off``: where the line through the logarithms of ``ratios`` meets equal paces, and its standard error, by
-    least squares without rounds further off than 3.5 deviations, as the median of all tells them; its ``slope``.
+    """``of_off``: where the line through the logarithms of ``ratios`` meets equal paces, and its error, by 1,000
+    bootstrap samples of the rounds; its ``slope``.
     """
     y, x = np.log(ratios), np.log(paces)
-    kept = np.isfinite(y)
-    for _ in range(2):
-        a = np.column_stack([np.ones(kept.sum()), x[kept]])
-        line, *_ = np.linalg.lstsq(a, y[kept], rcond=None)
-        off = y - line[0] - line[1] * x
-        kept = np.abs(off) <= 3.5 * 1.4826 * np.median(np.abs(off))
-    rest = off[kept]
-    a = np.column_stack([np.ones(len(rest)), x[kept]])
-    line, *_ = np.linalg.lstsq(a, y[kept], rcond=None)
-    variance = ((y[kept] - a @ line) ** 2).sum() / max(1, len(rest) - 2) * np.linalg.inv(a.T @ a)[0, 0]
+    draw, n, line = np.random.default_rng(0), len(y), _line(y, x)
+    samples = [_line(y[some], x[some])[0] for some in draw.integers(0, n, (1000, n))]
     ratio = float(np.exp(line[0]))
-    return {"of_off": [round(ratio, 4), round(ratio * float(variance) ** 0.5, 4)], "slope": round(float(line[1]), 2)}
+    return {"of_off": [round(ratio, 4), round(ratio * float(np.std(samples)), 4)], "slope": round(float(line[1]), 2)}
 
 
 def by_length(mine: np.ndarray, off: np.ndarray) -> list[dict[str, float]]:

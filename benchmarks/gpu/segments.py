@@ -128,12 +128,15 @@ def summarise(found: dict[str, list[dict[str, Any]]], concurrency: int) -> None:
         row: dict[str, Any] = {"concurrency": concurrency, "mode": mode, "rounds": len(rounds)}
         row |= {key: round(statistics.fmean(r[key] for r in rounds), 2) for key in rounds[0] if key != "parts"}
         print("SEGMENTS", json.dumps(row), flush=True)
-    kinds = {kind: dict.fromkeys(parts) for rounds in found.values() for kind, parts in rounds[0]["parts"].items()}
+    kinds: dict[str, dict[str, None]] = {}  # in the order of a pass
+    for told in itertools.chain(*found.values()):
+        for kind, parts in told["parts"].items():
+            kinds.setdefault(kind, {}).update(dict.fromkeys(parts))
     for kind, parts in kinds.items():
         for part in parts:
             row = {"concurrency": concurrency, "kind": kind, "part": part}
             for mode, rounds in found.items():
                 spent = [taken for r in rounds for taken in r["parts"].get(kind, {}).get(part, ())]
                 row[mode] = [round(statistics.median(column), 4) for column in zip(*spent, strict=True)]
-                row["n"] = len(spent)
+                row[f"{mode} passes"] = len(spent)
             print("SEGMENT", json.dumps(row), flush=True)

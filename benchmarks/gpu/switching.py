@@ -145,7 +145,7 @@ class Middleware:
             return
         from moe_monitor.capture.vllm import frontend, tracing
 
-        off = path.endswith("/off")
+        off = path.rpartition("/")[2] in ("off", "again")
         self._front = self._front or tracing.front_end()
         tracing._front = None if off else self._front
         self._scraped = self._scraped or frontend.MetricsMiddleware.__call__

@@ -429,7 +429,7 @@ METRICS: tuple[Metric, ...] = (
         "moe_monitor_hook_seconds_total",
         "counter",
         "seconds",
-        "Host time spent in the monitor's hooks on the serving path, but for a few assignments in each pass.",
+        "Host time in the monitor's hooks on the serving path, but for a few instructions in each pass and router.",
     ),
 )
 

@@ -5,6 +5,7 @@ With real graphs on a GPU: ``tests/test_stamps.py`` and ``benchmarks/gpu/latency
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from types import SimpleNamespace
@@ -408,49 +409,58 @@ def test_refused_twins_are_counted_and_said_once(caplog):
     assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["the first"]
 
 
-def worker_of_one_layer():
-    """Its timing, and what of its live layer is wrapped while a pass is timed: a method of its class, and one of the
-    object's own.
+class Worker:
+    """Its timing, and what of its one layer is wrapped while a pass is timed: a method of a class, and one of an
+    object's own. Each pass in three is timed.
     """
-    from moe_monitor.capture.vllm.latency import Timing
 
-    class Layer:
-        def _forward_impl(self, hidden, logits):
-            return hidden
+    def __init__(self) -> None:
+        from moe_monitor.capture.vllm.latency import Timing
 
-    layer, gate = Layer(), SimpleNamespace(forward=lambda hidden: hidden)
-    timing = Timing(SimpleNamespace(fuse=Fuse(logging.getLogger("test")), meter=None), [(0, None)], 3, Work(1), 8)
-    _, timing.clock = made(every=3)
-    timing._prepare(layer, "_forward_impl", timing._layer(0, layer, None))
-    timing._prepare(gate, "forward", timing._gate(0, gate))
-    own = gate.forward
+        class Layer:
+            def _forward_impl(self, hidden, logits):
+                return hidden
 
-    def wrapped():
-        found = "_forward_impl" in vars(layer), gate.forward is not own
+        self.layer, self.gate = Layer(), SimpleNamespace(forward=lambda hidden: hidden)
+        self.own = self.gate.forward
+        self.timing = Timing(
+            SimpleNamespace(fuse=Fuse(logging.getLogger("test")), meter=None), [(0, None)], 3, Work(1), 8
+        )
+        _, self.timing.clock = made(every=3)
+        self.timing._wrapped = [
+            (self.layer, "_forward_impl", functools.partial(self.timing._layer, 0, None)),
+            (self.gate, "forward", functools.partial(self.timing._gate, 0)),
+        ]
+
+    @property
+    def wrapped(self) -> bool:
+        found = "_forward_impl" in vars(self.layer), self.gate.forward is not self.own
         assert found[0] is found[1]
         return found[0]
 
-    return timing, wrapped
+    def begin_a_timed_pass(self) -> None:
+        while self.timing.clock is not None and not self.timing.sampling:
+            self.timing.begin(3)
 
 
 def test_a_layer_is_wrapped_while_its_pass_is_timed():
-    timing, wrapped = worker_of_one_layer()
-    timed = []
+    worker, timed = Worker(), []
     for _ in range(12):
-        assert not wrapped()
-        timing.begin(3)
-        assert wrapped() is timing.sampling
-        timed.append(timing.sampling)
-        if timing.sampling and sum(timed) == 2:
-            timing.dummy()
-        timing.end(None)
+        assert not worker.wrapped
+        worker.timing.begin(3)
+        assert worker.wrapped is worker.timing.sampling
+        timed.append(worker.timing.sampling)
+        if worker.timing.sampling and sum(timed) == 2:
+            worker.timing.dummy()
+        worker.timing.end(None)
     assert sum(timed) == 4
 
 
 @pytest.mark.parametrize("how", ["fails", "fails while a pass begins", "detached"])
 def test_a_layer_is_its_own_again_when_timing_ends(how):
-    timing, wrapped = worker_of_one_layer()
-    at_once, began = how == "fails while a pass begins", timing.clock.begin
+    worker = Worker()
+    timing, at_once = worker.timing, how == "fails while a pass begins"
+    began = timing.clock.begin
 
     def begin(*args):
         began(*args)
@@ -458,22 +468,39 @@ def test_a_layer_is_its_own_again_when_timing_ends(how):
             timing.fail(RuntimeError("now"))
 
     timing.clock.begin = begin
-    while timing.clock is not None and not timing.sampling:
-        timing.begin(3)
-    assert wrapped() is not at_once
+    worker.begin_a_timed_pass()
+    assert worker.wrapped is not at_once
     if how == "fails":
         timing.fail(RuntimeError("now"))
     elif how == "detached":
-        timing.arm(False)
-    assert not wrapped()
+        pytest.importorskip("vllm")
+        from moe_monitor.capture.vllm.attach import Capture
+        from moe_monitor.capture.vllm.wrapping import Wrapping
+
+        Capture.detach(SimpleNamespace(timing=timing, _wrapping=Wrapping()))
+    assert not worker.wrapped
+
+
+def test_what_others_put_on_a_layer_is_called_and_stays():
+    worker, called = Worker(), []
+    worker.gate.forward = others = called.append
+    worker.begin_a_timed_pass()
+    worker.gate.forward("hidden")
+    assert called == ["hidden"]
+    worker.timing.end(None)
+    assert worker.gate.forward is others
+    worker.begin_a_timed_pass()
+    worker.layer._forward_impl = others  # in the middle of a pass
+    worker.timing.end(None)
+    assert worker.layer._forward_impl is others
 
 
 def test_layers_are_wrapped_while_graphs_are_captured():
-    timing, wrapped = worker_of_one_layer()
-    timing.before_graphs()
-    assert wrapped()
-    timing.after_graphs()
-    assert not wrapped()
+    worker = Worker()
+    worker.timing.before_graphs()
+    assert worker.wrapped
+    worker.timing.after_graphs()
+    assert not worker.wrapped
 
 
 def test_no_more_twins_than_device_memory_is_set_aside_for(monkeypatch):

@@ -711,10 +711,79 @@ def read_in_place(meter, places=16):
     meter._ring = Ring(torch.device("cpu"), places, (len(meter.layers), 2), torch.int64, MemorySender())
 
 
+def seen_by_routers(device, parallel, **context):
+    """A worker's hooks, and what its routers do in a pass within vLLM's forward context."""
+    from vllm.forward_context import CUDAGraphMode, override_forward_context
+
+    from moe_monitor.capture.vllm.context import Parallel
+    from moe_monitor.capture.vllm.hooks import Hooks
+    from moe_monitor.capture.vllm.wrapping import opaque_routing
+
+    capture = Hooks(Fuse(logging.getLogger("test")))
+    capture.meter, capture.parallel = device.meter, Parallel(*parallel)
+    read_in_place(device.meter)
+    device.meter._stream = object()  # as after the first pass on a GPU: passes may begin the short way
+    fields = {"ubatch_slices": None, "cudagraph_runtime_mode": CUDAGraphMode.NONE, "batch_descriptor": None}
+    context = SimpleNamespace(**fields | {"dp_metadata": None} | context)
+
+    @torch.inference_mode()
+    def run(tokens, rows):
+        logits, ids = device.decide(rows)
+        routers = [SimpleNamespace(_compute_routing=lambda _, logits, i=i: (None, ids[i])) for i in range(LAYERS)]
+        capture.begin_pass(tokens, {"a": tokens})
+        with override_forward_context(context):
+            for layer, router in enumerate(routers):
+                opaque_routing(router, layer, capture)(None, logits[layer])
+        capture.end_pass(tokens)
+        return logits, ids
+
+    return capture, run
+
+
+@interpreted
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_router_that_may_see_other_ranks_tokens_is_asked_whose_they_are(first) -> None:
+    pytest.importorskip("vllm")
+    device = Device()
+    device.warm_up(8)
+    sizes = [first, 5] if first else [5, 3]
+    metadata = SimpleNamespace(num_tokens_across_dp_cpu=sizes)
+    capture, run = seen_by_routers(device, (int(first > 0), 2, 0, 1), dp_metadata=metadata)
+    for _ in range(2):
+        device.count(*run(5, sum(sizes)), first, 5)
+    assert not capture.fuse.blown, capture.fuse.status.reason
+    device.meter._stream = None  # what follows reads as without a GPU
+    device.check()
+
+
+@interpreted
+def test_a_split_pass_is_refused_by_its_first_router() -> None:
+    pytest.importorskip("vllm")
+    device = Device()
+    device.warm_up(8)
+    capture, run = seen_by_routers(device, (0, 1, 0, 1), ubatch_slices=["two", "halves"])
+    run(5, 5)
+    assert capture.fuse.blown and "dual-batch overlap" in capture.fuse.status.reason
+    capture.begin_dummy()
+    assert device.meter.turn == -1 and not device.meter.pending, "nothing is held once it is off"
+
+
+def test_layers_that_route_other_ranks_prompts_are_not_monitored() -> None:
+    pytest.importorskip("vllm")
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    from moe_monitor.capture.vllm.layers import NothingToMonitor, facts_of
+
+    router = type("Router", (BaseRouter,), dict.fromkeys(BaseRouter.__abstractmethods__))
+    config = SimpleNamespace(pcp_size=2)
+    layer = SimpleNamespace(layer_name="7", is_monolithic=False, router=router.__new__(router), moe_config=config)
+    with pytest.raises(NothingToMonitor, match="layer 7 routes other ranks' tokens"):
+        facts_of(layer)
+
+
 @pytest.mark.parametrize(("layers", "experts", "in_place"), [(16, 64, 4096), (58, 256, 280)], ids=["OLMoE", "large"])
-def test_whose_the_rows_are_is_read_in_place_for_as_many_as_take_less_time_than_a_copy(
-    layers, experts, in_place
-) -> None:
+def test_whose_the_rows_are_is_read_in_place_where_few_programs_read(layers, experts, in_place) -> None:
+    pytest.importorskip("triton")
     tallies, places = DeviceTallies(4, layers, experts), {}
     tallies.set_up(torch.device("cpu"), MemorySender())
     for n in (1, in_place, in_place + 1, 9000, 20_000, 12, 8192):
@@ -746,9 +815,13 @@ def test_a_pass_without_a_graph_is_counted_by_the_short_way_too(split) -> None:
         quick.routing(device.meter, layer, lambda _, logits: (None, ids), otherwise, split)(None, logits)
         quickly.append(not general)
 
+    launcher, collected = device.meter._launcher, []
+    launch = launcher.launch
+    launcher.launch = lambda *a, **k: (collected.append("strides" in k), launch(*a, **k))
     device.meter.observe = observe
     assert device.eager(5) and device.eager(3, rows=8) and device.eager(7)
     assert quickly == [split is not None, True, True] * 3
+    assert collected == [True, False, False], "the first pass shows what forms the layers have"
     decide, device.decide = device.decide, lambda tokens: [strided(tensor) for tensor in decide(tokens)]
     assert device.eager(6)
     assert quickly[9:] == [split is not None, False, False], "the end of the pass looks how they lie"

@@ -223,10 +223,13 @@ class Hooks:
         """A warm-up, profiling or idle pass is about to run: nothing in it may be counted."""
         if self.timing is not None:
             self.timing.dummy()
-        if self.fuse.blown or self.meter is None:
+        meter = self.meter
+        if self.fuse.blown and isinstance(meter, CudaMeter):
+            meter.give_up()
+        if self.fuse.blown or meter is None:
             return
         with self.fuse.guard("record", serving=False):
-            self.meter.begin_dummy()
+            meter.begin_dummy()
 
     def end_pass(self, tokens: int) -> None:
         """The real pass has run; ``tokens`` as in :meth:`begin_pass`, or fewer if the model runner dropped some."""

@@ -13,6 +13,7 @@ Whatever fails here switches timing off, and nothing else.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -64,9 +65,10 @@ class Timing:
         self.passes = self.soonest = 0
         self._refusals = 0
         self._every, self._work, self._experts, self._count = every, work, experts, len(layers)
-        #: What is put on live objects for a pass that is timed: (attributes, name, ours, their own or None).
-        self._wrappers: list[tuple[dict[str, Any], str, Callable[..., Any], Any]] = []
-        self._armed = False
+        #: What a pass that is timed puts wrappers on: (object, name, what makes the wrapper of what is there).
+        self._wrapped: list[tuple[Any, str, Callable[[Any], Any]]] = []
+        #: Those that are on: (the object's attributes, name, ours, its own or None).
+        self._on: list[tuple[dict[str, Any], str, Any, Any]] = []
 
     def guard(self, *, serving: bool = True) -> Guard:
         """Run a part of timing: what it raises switches timing off instead of reaching the caller."""
@@ -97,30 +99,31 @@ class Timing:
             self.table = clock.table
             for position, (_, runner) in enumerate(layers):
                 outside = getattr(parents[position], "gate", None) if runner.gate is None else None
-                self._prepare(runner, "_forward_impl", self._layer(position, runner, outside))
+                self._wrapped.append((runner, "_forward_impl", functools.partial(self._layer, position, outside)))
                 if runner.gate is not None:
-                    self._prepare(runner.gate, "forward", self._gate(position, runner.gate))
-
-    def _prepare(self, target: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        attributes = target.__dict__  # a module's own way to set one takes long
-        self._wrappers.append((attributes, name, wrapper, attributes.get(name)))
+                    self._wrapped.append((runner.gate, "forward", functools.partial(self._gate, position)))
 
     def arm(self, on: bool) -> None:
-        """Put the wrappers of a CUDA model on its layers and gates, or take them off. Cannot fail."""
-        if on is self._armed:
-            return
-        self._armed = on
-        for attributes, name, wrapper, own in self._wrappers:
-            if on:
+        """Put the wrappers of a CUDA model on its layers and gates, or take them off where nobody has put others on
+        since.
+        """
+        if on and not self._on:
+            for target, name, make in self._wrapped:
+                attributes = target.__dict__  # a module's own way to set one takes long
+                wrapper = make(getattr(target, name))
+                self._on.append((attributes, name, wrapper, attributes.get(name)))
                 attributes[name] = wrapper
-            elif own is None:
-                attributes.pop(name, None)
-            else:
+        while not on:
+            try:
+                attributes, name, wrapper, own = self._on.pop()
+            except IndexError:  # the publisher's thread may do the same at the same time
+                return
+            if attributes.get(name) is wrapper:
                 attributes[name] = own
+                if own is None:
+                    del attributes[name]
 
-    def _layer(self, position: int, runner: Any, gate: Any) -> Callable[..., Any]:
-        original = runner._forward_impl
-
+    def _layer(self, position: int, gate: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward_impl(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> Any:
             clock = self.noting
             if clock is None:
@@ -137,9 +140,7 @@ class Timing:
 
         return forward_impl
 
-    def _gate(self, position: int, gate: Any) -> Callable[..., Any]:
-        original = gate.forward
-
+    def _gate(self, position: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.point(position, GATE_BEGIN)
             result = original(*args, **kwargs)

@@ -49,6 +49,8 @@ def facts_of(runner: Any) -> RouterFacts:
     if not isinstance(runner.router, BaseRouter):
         raise NothingToMonitor(f"layer {name} has a router of an unknown kind ({type(runner.router).__name__})")
     config = runner.moe_config
+    if int(getattr(config, "pcp_size", 1)) > 1:
+        raise NothingToMonitor(f"layer {name} routes other ranks' tokens, too: prefill context parallelism")
     return RouterFacts(
         experts=int(config.num_logical_experts),
         top_k=int(runner.router.top_k),

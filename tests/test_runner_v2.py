@@ -17,7 +17,7 @@ from short_ways import Capture, RunnerV2, output
 
 from moe_monitor.capture.fuse import Fuse
 from moe_monitor.capture.vllm import runner_v2
-from moe_monitor.capture.vllm.runners import SENTINEL
+from moe_monitor.capture.vllm.plugin import SENTINEL
 
 
 @pytest.fixture

@@ -15,11 +15,9 @@ from types import ModuleType
 from typing import Any
 
 from moe_monitor import settings
-from moe_monitor.capture.vllm.plugin import ACTORS_VARIABLE, SERVER_VARIABLE
+from moe_monitor.capture.vllm.plugin import ACTORS_VARIABLE, SENTINEL, SERVER_VARIABLE
 
 logger = logging.getLogger("vllm.moe_monitor")
-
-_SENTINEL = "_moe_monitor"
 
 
 def patch_names(module: ModuleType) -> None:
@@ -45,7 +43,7 @@ def patch_second(module: ModuleType) -> None:
     """
     cls = module.RayExecutorV2
     original: Callable[..., dict[str, Any]] = cls._build_runtime_env
-    if hasattr(original, _SENTINEL):
+    if hasattr(original, SENTINEL):
         return
 
     @functools.wraps(original)
@@ -61,7 +59,7 @@ def patch_second(module: ModuleType) -> None:
             _say(error)
         return made
 
-    setattr(build, _SENTINEL, original)
+    setattr(build, SENTINEL, original)
     cls._build_runtime_env = build
 
 
@@ -77,7 +75,7 @@ def _start_ray() -> None:
 
 def _while_told(cls: Any, method: str, before: Callable[[], None] = lambda: None) -> None:
     original = getattr(cls, method)
-    if hasattr(original, _SENTINEL):
+    if hasattr(original, SENTINEL):
         return
 
     @functools.wraps(original)
@@ -92,7 +90,7 @@ def _while_told(cls: Any, method: str, before: Callable[[], None] = lambda: None
         finally:
             os.environ.pop(ACTORS_VARIABLE, None)
 
-    setattr(start, _SENTINEL, original)
+    setattr(start, SENTINEL, original)
     setattr(cls, method, start)
 
 

@@ -20,11 +20,10 @@ from typing import Any
 from moe_monitor import settings
 from moe_monitor.board import remove_boards_of
 from moe_monitor.capture.vllm.identity import served_name
-from moe_monitor.capture.vllm.plugin import SERVER_VARIABLE, supervised
+from moe_monitor.capture.vllm.plugin import SENTINEL, SERVER_VARIABLE, supervised
 
 logger = logging.getLogger("vllm.moe_monitor")
 
-_SENTINEL = "_moe_monitor"
 
 _HEADLESS = "a headless node has no /metrics"
 
@@ -70,7 +69,7 @@ def patch_workers(module: ModuleType) -> None:
 
 def _after_init(cls: Any, then: Callable[[dict[str, Any]], None]) -> None:
     original = cls.__init__
-    if hasattr(original, _SENTINEL):
+    if hasattr(original, SENTINEL):
         return
     signature = inspect.signature(original)
 
@@ -82,7 +81,7 @@ def _after_init(cls: Any, then: Callable[[dict[str, Any]], None]) -> None:
         except Exception as error:
             logger.warning("moe-monitor: if /metrics lacks its metrics, run `moe-monitor export`: %r", error)
 
-    setattr(init, _SENTINEL, original)
+    setattr(init, SENTINEL, original)
     cls.__init__ = init
 
 

@@ -25,7 +25,7 @@ from urllib.parse import parse_qs
 
 from moe_monitor import settings
 from moe_monitor.board import remove_boards_of
-from moe_monitor.capture.vllm.plugin import SERVER_VARIABLE
+from moe_monitor.capture.vllm.plugin import SENTINEL, SERVER_VARIABLE
 from moe_monitor.export.collector import MoeCollector
 
 logger = logging.getLogger("vllm.moe_monitor")
@@ -38,7 +38,6 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 #: A scrape waits this long for our part at most; it is done in milliseconds unless the disk hangs.
 SCRAPE_SECONDS = 5.0
 
-_SENTINEL = "_moe_monitor"
 _collector: MoeCollector | None = None
 
 
@@ -66,7 +65,7 @@ def patch_loggers(module: ModuleType) -> None:
     """Hook for ``vllm.v1.metrics.loggers``: learn which engines this API server speaks for."""
     cls = module.PrometheusStatLogger
     original = cls.__init__
-    if hasattr(original, _SENTINEL):
+    if hasattr(original, SENTINEL):
         return
 
     @functools.wraps(original)
@@ -78,14 +77,14 @@ def patch_loggers(module: ModuleType) -> None:
         except Exception as error:
             logger.warning("moe-monitor: cannot tell which engines this server has: %r", error)
 
-    setattr(init, _SENTINEL, original)
+    setattr(init, SENTINEL, original)
     cls.__init__ = init
 
 
 def patch_metrics(module: ModuleType) -> None:
     """Hook for ``vllm.entrypoints.serve.instrumentator.metrics``: append to what /metrics answers."""
     original = module.attach_router
-    if hasattr(original, _SENTINEL):
+    if hasattr(original, SENTINEL):
         return
 
     @functools.wraps(original)
@@ -97,7 +96,7 @@ def patch_metrics(module: ModuleType) -> None:
             logger.warning("moe-monitor: its metrics are not on this server's /metrics: %r", error)
         return result
 
-    setattr(attach_router, _SENTINEL, original)
+    setattr(attach_router, SENTINEL, original)
     module.attach_router = attach_router  # type: ignore[attr-defined]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-_SENTINEL = "_moe_monitor"
+from moe_monitor.capture.vllm.plugin import SENTINEL
 
 #: Slots of the large frame, of 8 bytes each: with them and what it keeps free, CPython makes the chunk one of 256 KiB,
 #: of which more than 128 KiB are left. (It doubles 16 KiB until the frame and 1,000 slots fit.) No larger one, since a
@@ -49,8 +49,8 @@ def patch_workers(module: ModuleType) -> None:
 
 def _give_room(cls: type, name: str) -> None:
     original = getattr(cls, name)
-    if hasattr(original, _SENTINEL):
+    if hasattr(original, SENTINEL):
         return
     replacement = roomy(original)
-    setattr(replacement, _SENTINEL, original)
+    setattr(replacement, SENTINEL, original)
     setattr(cls, name, replacement)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
     from moe_monitor.capture.vllm.imports import Hook
 
+#: The attribute by which a function of ours keeps vLLM's own, so that nothing is patched twice; of a model runner, its
+#: Capture.
+SENTINEL = "_moe_monitor"
+
 #: Ties the boards of a server's workers to its API servers: set in the process that starts them, inherited by them.
 #: Not a setting, hence without the settings' prefix.
 SERVER_VARIABLE = "_MOE_MONITOR_SERVER"

@@ -11,7 +11,8 @@ import functools
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from moe_monitor.capture.vllm.runners import SENTINEL, patch_load_model
+from moe_monitor.capture.vllm.plugin import SENTINEL
+from moe_monitor.capture.vllm.runners import patch_load_model
 
 if TYPE_CHECKING:
     from moe_monitor.capture.vllm.attach import Capture

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from moe_monitor import settings
+from moe_monitor.capture.vllm.plugin import SENTINEL
 
 if TYPE_CHECKING:
     from moe_monitor.capture.vllm.attach import Capture
 
 logger = logging.getLogger("vllm.moe_monitor")
-
-SENTINEL = "_moe_monitor"
 
 
 def patch_load_model(cls: type, patch_steps: Callable[[Any, Capture], None]) -> None:

@@ -18,12 +18,11 @@ from types import ModuleType
 from typing import Any
 
 from moe_monitor import settings
-from moe_monitor.capture.vllm.plugin import SERVER_VARIABLE
+from moe_monitor.capture.vllm.plugin import SENTINEL, SERVER_VARIABLE
 from moe_monitor.export.frontend import Finished, FrontEnd
 
 logger = logging.getLogger("vllm.moe_monitor")
 
-_SENTINEL = "_moe_monitor"
 _WISH = "moe_trace"
 
 _made = False
@@ -55,7 +54,7 @@ def patch_input(module: ModuleType) -> None:
     """Hook for ``vllm.v1.engine.input_processor``: the caller's trace decides, unless the request itself does."""
     cls = module.InputProcessor
     original: Callable[..., Any] = cls.process_inputs
-    if hasattr(original, _SENTINEL):
+    if hasattr(original, SENTINEL):
         return
 
     @functools.wraps(original)
@@ -68,7 +67,7 @@ def patch_input(module: ModuleType) -> None:
             _report("reading traceparent", error)
         return request
 
-    setattr(process_inputs, _SENTINEL, original)
+    setattr(process_inputs, SENTINEL, original)
     cls.process_inputs = process_inputs
 
 
@@ -85,7 +84,7 @@ def patch_output(module: ModuleType) -> None:
     cls = module.OutputProcessor
     finished: Callable[..., None] = cls._update_stats_from_finished
     do_tracing: Callable[..., None] = cls.do_tracing
-    if hasattr(finished, _SENTINEL):
+    if hasattr(finished, SENTINEL):
         return
 
     @functools.wraps(finished)
@@ -107,7 +106,7 @@ def patch_output(module: ModuleType) -> None:
             if front is not None:
                 _end_span(front, req_state)
 
-    setattr(update, _SENTINEL, finished)
+    setattr(update, SENTINEL, finished)
     cls._update_stats_from_finished = update
     cls.do_tracing = traced
 

@@ -6,7 +6,7 @@ found in the captured graph, and in passes without a graph it is run once more, 
 through everything, and the time is taken by an op at the block that holds gate and layer.
 
 The wrappers on CUDA are put on for passes that are timed and while graphs are captured, and are off in all others: in a
-pass without a graph one a layer would take as long as half of the monitor's work there.
+pass without a graph even a call that does nothing takes its time, once a layer.
 
 Whatever fails here switches timing off, and nothing else.
 """

@@ -280,9 +280,9 @@ def measure(args: argparse.Namespace, began: float) -> list[dict[str, Any]]:
     awake = Awake(args.cpus, args.awake_file)
     awake.look()
     config = llm.llm_engine.vllm_config
-    methods, layers, graphs = facts["unhooked"]
-    if not methods or not layers or (facts["sealed"][0] and not graphs):
-        raise RuntimeError(f"off would not be off: (methods, layers', graphs) unhooked would be {facts['unhooked']}")
+    methods, routers, graphs = facts["unhooked"]
+    if not methods or not routers or (facts["sealed"][0] and not graphs):
+        raise RuntimeError(f"off would not be off: (methods, routers, graphs) unhooked would be {facts['unhooked']}")
     say("ENGINE", ready_s=round(time.monotonic() - began, 1), awake=awake.now, options=args.option, **{
         key: facts[key] for key in ("capture", "sealed", "runner", "unhooked")
     }, async_scheduling=config.scheduler_config.async_scheduling)  # fmt: skip

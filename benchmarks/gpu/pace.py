@@ -1,9 +1,9 @@
 """How fast the processor is, told by the thread that runs the model, in each pass: the time of a loop that touches
 nothing. For ``in_place.py``.
 
-Virtual machines share their processors: the same loop takes 10 us in one second and 16 in another, and with it all that
-the host does in a pass. Two measurements of one thing can differ by 7 % for that alone. The loop runs before a pass, in
-front of all hooks, so it knows nothing of the monitor.
+Virtual machines share their processors: the same loop takes longer in one second than in another, and with it all that
+the host does in a pass. Two measurements of one thing differ by some percent for that alone. The loop runs before a
+pass, in front of all hooks, so it knows nothing of the monitor.
 
 ``put`` and ``take`` run in a worker (``LLM.collective_rpc``), the former after switching.switch.
 """

@@ -122,8 +122,9 @@ def unmark(worker: Any) -> dict[str, Any]:
 
 
 def summarise(found: dict[str, list[dict[str, Any]]], concurrency: int) -> None:
-    """Print what :func:`unmark` found: of each kind of pass, part and mode the medians of a
-    pass. The rest are sums of a round."""
+    """Print what :func:`unmark` found: of each kind of pass, part and mode the medians of a pass. The rest are
+    sums of a round.
+    """
     for mode, rounds in found.items():
         row: dict[str, Any] = {"concurrency": concurrency, "mode": mode, "rounds": len(rounds)}
         row |= {key: round(statistics.fmean(r[key] for r in rounds), 2) for key in rounds[0] if key != "parts"}

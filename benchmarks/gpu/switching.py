@@ -31,11 +31,11 @@ HOOKED = ("execute_model", "_model_forward", "prepare_inputs")
 
 class _Hooks(NamedTuple):
     """What is put on the objects of a worker: replaced attributes (owner, name, ours, their own or None) of the model
-    ``runner`` and of ``layers`` and their routers, and full ``graphs`` (graph, our class, torch's).
+    ``runner`` and of ``routers``, and full ``graphs`` (graph, our class, torch's).
     """
 
     runner: list[tuple[Any, str, Any, Any]]
-    layers: list[tuple[Any, str, Any, Any]]
+    routers: list[tuple[Any, str, Any, Any]]
     graphs: list[tuple[Any, type, type]]
 
     @classmethod
@@ -46,7 +46,7 @@ class _Hooks(NamedTuple):
             if hasattr(ours, "__wrapped__"):
                 methods.append((runner, name, ours, ours.__wrapped__))
         put = runner._moe_monitor._wrapping._replaced
-        layers = [(owner, name, owner.__dict__[name], own) for owner, name, own in put]
+        routers = [(owner, name, owner.__dict__[name], own) for owner, name, own in put]
         manager = getattr(runner, "cudagraph_manager", None)
         if manager is not None and hasattr(manager, "graphs"):
             graphs = list(manager.graphs.values())
@@ -56,10 +56,10 @@ class _Hooks(NamedTuple):
         watched = [graph for graph in graphs if "_moe_monitor" in graph.__dict__ and "replay" not in graph.__dict__]
         module = watching.__name__
         torchs = [next(c for c in type(graph).__mro__ if c.__module__ != module) for graph in watched]
-        return cls(methods, layers, [(graph, type(graph), c) for graph, c in zip(watched, torchs, strict=True)])
+        return cls(methods, routers, [(graph, type(graph), c) for graph, c in zip(watched, torchs, strict=True)])
 
     def put(self, *, on: bool) -> None:
-        for owner, name, ours, own in (*self.runner, *self.layers):
+        for owner, name, ours, own in (*self.runner, *self.routers):
             if on:
                 setattr(owner, name, ours)
             elif own is None:
@@ -113,7 +113,7 @@ def switch(worker: Any, mode: str) -> dict[str, Any]:
         "dropped": sum(status.dropped.values()),
         "capture": status.capture,
         "sealed": [sum(graph.sealed for graph in found.values()), len(found)],
-        "unhooked": [len(part) for part in hooks],  # in mode off: of the model runner, of layers, graphs
+        "unhooked": [len(part) for part in hooks],  # in mode off: of the model runner, of routers, graphs
         "runner": type(worker.model_runner).__module__,
         "pid": os.getpid(),
     }

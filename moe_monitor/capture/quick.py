@@ -8,8 +8,7 @@ calls the general hook instead. The rule of all: a pass that begins with ``meter
 that to False.
 
 Nothing here waits, so nothing needs the guard against what hangs; what fails blows the fuse. Only what is told before a
-replay is in ``hook_seconds``: the rest are a few instructions each, a microsecond in a router, and to take the time
-would double theirs.
+replay is in ``hook_seconds``: the rest are a few instructions each, and to take the time would take as long.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from array import array
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,11 +181,13 @@ class Device:
 def test_replays_and_passes_without_a_graph_add_up() -> None:
     device = Device()
     device.warm_up(32)
-    device.meter.before_capture(rows=24)
+    device.meter.before_capture(rows=16)
+    device.meter.graphs.sealing = False
     for key, rows in (("a", 16), ("b", 8)):
         device.warm_up(rows)
         device.capture(key, rows)
     device.check()
+    assert sealed(device, "a") == sealed(device, "b") == [False]
     assert device.replay("a", 13) and device.replay("b", 8) and device.eager(20, rows=24) and device.replay("a", 1)
     assert device.meter.capture == "retain" and device.meter.passes == 4
     device.check()
@@ -225,7 +228,7 @@ def sealed(device, key):
 def test_sealed_graphs_count_by_themselves() -> None:
     device = Device()
     device.warm_up(32)
-    device.meter.before_capture(rows=24, most=16)
+    device.meter.before_capture(rows=16)
     device.capture("a", 16)
     device.capture("b", 8, pieces=((0,), (1,), (2,)))
     assert sealed(device, "a") == [True] and sealed(device, "b") == [False, False, True]
@@ -280,7 +283,7 @@ def test_the_hooks_of_a_worker_count_each_pass_once_on_every_way_through_them() 
     capture = Hooks(Fuse(logging.getLogger("test")))
     capture.meter, capture.parallel = device.meter, Parallel(0, 1, 0, 1)
     device.warm_up(32)
-    device.meter.before_capture(rows=40, most=16)
+    device.meter.before_capture(rows=16)
     device.capture("a", 16)
     device.capture("b", 8)
     device.meter._stream = object()  # as after the first pass on a GPU: passes may begin the short way
@@ -465,7 +468,7 @@ def test_a_ring_keeps_what_was_sent_until_it_comes_round() -> None:
 def test_whose_the_rows_are_is_written_down_when_it_has_changed_and_not_else() -> None:
     device = TracingDevice()
     device.warm_up(8)
-    device.meter.before_capture(rows=40, most=8)
+    device.meter.before_capture(rows=8)
     device.capture("a", 8)
     written = []
     device.owners(0, -1, 3)
@@ -488,7 +491,7 @@ def ready():
     """A device whose graphs, of up to 8 rows, are about to be captured."""
     device = Device()
     device.warm_up(8)
-    device.meter.before_capture(rows=8, most=8)
+    device.meter.before_capture(rows=8)
     return device
 
 
@@ -651,7 +654,7 @@ def test_a_device_that_does_not_see_the_hosts_memory_is_counted_on_after_its_rep
     device = Device()
     device.warm_up(8)
     device.meter.graphs._sender = Elsewhere()
-    device.meter.before_capture(rows=8, most=8)
+    device.meter.before_capture(rows=8)
     assert "counts after the replays" in caplog.text and "does not read the host's memory" in caplog.text
     device.capture("a", 8)
     assert sealed(device, "a") == [False] and device.replay("a", 5)
@@ -876,7 +879,7 @@ def test_tokens_that_the_runner_drops_are_not_counted_inside_a_graph_either() ->
 def test_graphs_that_cannot_be_sealed_are_counted_after_their_replays() -> None:
     device = Device()
     device.warm_up(32)
-    device.meter.before_capture(rows=24, most=8)
+    device.meter.before_capture(rows=8)
     device.capture("a", 16)  # larger than was said
     device.capture("b", 8, pieces=((0, 1), (2,)))
     # the end of a draft model's graph of the same name: no layer was seen in it
@@ -892,7 +895,7 @@ def test_a_graph_that_outlives_a_new_capture_still_has_what_its_kernel_reads() -
     device.capture("a", 8)
     assert device.replay("a", 4)
     ((old, launched),) = device.sealed["a"]
-    device.meter.before_capture(rows=8, most=8)
+    device.meter.before_capture(rows=8)
     device.capture("b", 8)
     assert device.replay("b", 5)
     fetch, count = launched
@@ -920,11 +923,13 @@ def test_a_replay_of_a_sealed_graph_that_was_not_announced_is_noticed() -> None:
 
 
 @interpreted
-def test_a_graph_captured_anew_replaces_the_old_one() -> None:
+@pytest.mark.parametrize("sealing", [True, False])
+def test_a_graph_captured_anew_replaces_the_old_one(sealing) -> None:
     device = Device()
     device.warm_up(8)
     device.capture("a", 8)
     device.meter.before_capture(rows=8)
+    device.meter.graphs.sealing = sealing
     device.capture("a", 8)
     device.capture("a", 8)
     assert device.replay("a", 5)
@@ -1011,6 +1016,52 @@ def test_a_pass_larger_than_the_limit_is_worked_off_in_parts() -> None:
 
 
 @interpreted
+def test_decisions_are_held_until_their_graph_is_captured_and_no_longer() -> None:
+    """So that the graph captured next gets their memory."""
+    device = ready()
+    graphs, device.capturing = device.meter.graphs, True
+
+    def decide(layer, key):
+        pair = torch.randn(8, EXPERTS), torch.zeros((8, TOP_K), dtype=torch.int32)
+        device.meter.observe(layer, *pair, key, Span())
+        return [weakref.ref(tensor) for tensor in pair]
+
+    def alive(decisions):
+        return [tensor() is not None for tensor in decisions]
+
+    with device.recording([]):
+        first = [*decide(0, "a"), *decide(1, "a")]
+        assert graphs.end_capture("a") is None, "a piece"
+        first += decide(2, "a")
+        assert alive(first) == [True] * 6
+        assert graphs.end_capture("a") is not None
+        assert alive(first) == [False] * 6
+        graphs.sealing = False  # it will be counted after its replays: nothing in it may have their memory
+        second = [reference for layer in range(LAYERS) for reference in decide(layer, "b")]
+        assert graphs.end_capture("b") is None
+        assert alive(second) == [True] * 6
+        third = decide(0, "c")
+        assert alive(second) == [False] * 6 and alive(third) == [True] * 2
+        graphs.after_capture()
+        assert alive(third) == [False] * 2
+    assert graphs.complete("a") and graphs.complete("b") and not graphs.complete("c")
+    assert graphs.retained_bytes == LAYERS * 8 * (16 * 4 + 4 * 4)
+
+
+@interpreted
+@pytest.mark.parametrize(("others", "capture"), [(0, "retain"), (8, "ingraph")])
+def test_retaining_takes_what_routers_see_in_the_largest_graph(others, capture) -> None:
+    """Also of other ranks' tokens."""
+    device = Device(memory_limit=8 * 240)  # 3 layers, 16 logits and 4 ids of 4 bytes each: 240 a token
+    device.meter.begin_dummy()
+    for layer, pair in enumerate(zip(*device.decide(8 + others), strict=True)):
+        device.meter.observe(layer, *pair, None, Span(start=others, rows=8))
+    device.meter.before_capture(rows=8)
+    assert device.meter.capture == capture
+    assert ("3,840 bytes, allowed are 1,920" in device.meter.fallback) == bool(others)
+
+
+@interpreted
 @pytest.mark.parametrize("why", ["reuse", "memory", "forced"])
 def test_where_retaining_is_not_possible_the_kernel_goes_into_the_graph(why) -> None:
     device = Device(memory_limit=1000 if why == "memory" else 64 << 20, forced="ingraph" if why == "forced" else "auto")
@@ -1080,7 +1131,7 @@ def test_traced_requests_are_tallied_in_replays_and_without_graphs(most, shards)
     device = TracingDevice()
     device.meter.graphs.seals_shards = shards
     device.warm_up(8)
-    device.meter.before_capture(rows=40, most=most)
+    device.meter.before_capture(rows=most)
     device.capture("a", 8)
     device.capture("b", 16, Span(start=8, rows=8))
     assert (sealed(device, "a"), sealed(device, "b")) == ([most > 0], [most > 0 and shards])

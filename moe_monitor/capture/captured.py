@@ -47,6 +47,8 @@ class Graphs:
         self.sealing = False
         #: What is sealed in the graph under capture.
         self._open: Retained | None = None
+        #: The graph whose decisions are held: the last one that a router was seen in.
+        self._held: Retained | None = None
 
     @torch.inference_mode(False)
     def set_up(self, launcher: Launcher, device: torch.device, sender: Sender | None) -> None:
@@ -58,7 +60,7 @@ class Graphs:
     def forget(self) -> None:
         """Graphs are about to be captured anew. Those before them, should they run, have what they read."""
         self.found.clear()
-        self.all_sealed, self.mailbox, self._open = False, None, None
+        self.all_sealed, self.mailbox, self._open, self._held = False, None, None, None
 
     def count_inside(self) -> None:
         """The kernel is to be in the graphs once for each layer."""
@@ -81,14 +83,21 @@ class Graphs:
     def note(self, layer: int, logits: Tensor, ids: Tensor, key: Hashable, span: Span) -> None:
         """One layer's decision, into the graph ``key``."""
         graph = self.found.get(key)
-        if graph is None or layer in graph.tensors:  # captured anew: the old graph is gone
-            graph = self.found[key] = Retained(span)
+        if graph is None or graph is not self._held or layer in graph.tensors:  # captured anew: the old graph is gone
+            self._let_go()
+            graph = self.found[key] = self._held = Retained(span)
             self.all_sealed = False
         graph.tensors[layer] = (logits, ids)
         if self.control is not None:
             self._count_layer(self.control, layer, logits, ids, span)
         elif layer == self._layers - 1 and self._can_seal(graph):
             self._seal(graph)
+
+    def _let_go(self) -> None:
+        """Of decisions that no graph under capture must leave alone."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.let_go(self._layers)
 
     def _count_layer(self, control: Control, layer: int, logits: Tensor, ids: Tensor, span: Span) -> None:
         assert self._launcher is not None
@@ -142,10 +151,13 @@ class Graphs:
             self.mailbox.join()
         if graph is not None and graph is not self.found.get(key):
             raise RuntimeError(f"routers were seen in another graph than {key!r}, which ends")
+        if graph is not None:  # its kernel has read them
+            self._let_go()
         return graph
 
     def after_capture(self) -> None:
         """All graphs are captured."""
+        self._let_go()
         self.all_sealed = bool(self.found) and all(graph.sealed for graph in self.found.values())
 
     # replayed
@@ -153,16 +165,18 @@ class Graphs:
     def complete(self, key: Hashable) -> Retained | None:
         """The graph ``key``, if every layer was seen in it."""
         graph = self.found.get(key)
-        return None if graph is None or len(graph.tensors) != self._layers else graph
+        if graph is not None and graph is self._held:
+            self._let_go()
+        return None if graph is None or graph.layers != self._layers else graph
 
     def table_of(self, graph: Retained) -> Tensor:
         """Where the decisions of a graph that is not sealed lie: sent at its first replay."""
         if graph.table is None:
-            addresses = torch.tensor([(a.data_ptr(), b.data_ptr()) for a, b in graph.ordered()], dtype=torch.int64)
-            graph.table = addresses.to(self._device)
+            assert graph.addresses is not None
+            graph.table = graph.addresses.to(self._device)
         return graph.table
 
     @property
     def retained_bytes(self) -> int:
-        """Device memory that is held because graphs write routing decisions to it."""
-        return sum(t.nbytes for graph in self.found.values() for pair in graph.tensors.values() for t in pair)
+        """Of the graphs' memory, what they cannot use twice because one of them writes routing decisions to it."""
+        return max((graph.nbytes for graph in self.found.values()), default=0)

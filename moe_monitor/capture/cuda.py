@@ -1,8 +1,8 @@
 """The meter for CUDA: exact under CUDA graphs, with one kernel per step.
 
 Python inside the model runs while a graph is captured and never when it is replayed. So every captured router's
-logits and ids are *retained*: the references keep their memory in the graph's pool from being handed out again, and
-one kernel reads all layers through a table of addresses. It is in the graph (:mod:`moe_monitor.capture.captured`), and
+logits and ids are *retained*: references keep their memory from being handed out again within that graph, and one
+kernel reads all layers through a table of addresses. It is in the graph (:mod:`moe_monitor.capture.captured`), and
 a replay costs the host nothing but to write down how many tokens are real (:mod:`moe_monitor.capture.mailbox`). A graph
 that cannot have it has the same kernel launched after its replay. Passes without a graph hand their tensors over
 directly and take the same kernel.
@@ -88,6 +88,8 @@ class CudaMeter:
         self._pending_bytes = 0
         #: Whether all layers' decisions have been seen to be as wide and of the same types, as the model has it.
         self._same_forms = False
+        #: In warm-up passes routers were given so many times the tokens of this rank, at most: those of others, too.
+        self._gathered = 1
         #: The layer whose decision comes next in a pass that is not timed and keeps them all until its end; -1 in any
         #: other. 0: which of these it is, the first decision tells.
         self.turn = -1
@@ -174,6 +176,8 @@ class CudaMeter:
             self.clean = False
             if self._launcher is None:
                 self._set_up(logits, ids)
+            rows = logits.shape[0]
+            self._gathered = max(self._gathered, -(-rows // max(1, min(span.rows, rows))))
             self._suspects.note(layer, logits, ids)
 
     def collect(self, layer: int, logits: Tensor, ids: Tensor, span: Span) -> None:
@@ -213,10 +217,8 @@ class CudaMeter:
 
     # before the capture of graphs
 
-    def before_capture(self, rows: int, most: int = 0) -> None:
-        """Decide how to capture; ``rows`` is the sum of rows over all graphs to come, ``most`` those of the largest.
-        Waits for the device.
-        """
+    def before_capture(self, rows: int) -> None:
+        """Decide how to capture; the largest graph to come has ``rows`` tokens of this rank. Waits for the device."""
         self.graphs.forget()
         self.clean = False
         if self._launcher is None or self.capture == "ingraph":
@@ -224,9 +226,10 @@ class CudaMeter:
         reasons = []
         if self._suspects.found():
             reasons.append("compiled code reuses the memory of router logits")
-        per_row = len(self.layers) * (self.layout.experts * self._logit_bytes + self.top_k * self._id_bytes)
-        if rows * per_row > self._memory_limit:
-            reasons.append(f"retaining could take {rows * per_row >> 20} MiB, allowed are {self._memory_limit >> 20}")
+        per_token = len(self.layers) * (self.layout.experts * self._logit_bytes + self.top_k * self._id_bytes)
+        needed = rows * self._gathered * per_token
+        if needed > self._memory_limit:
+            reasons.append(f"retaining would take {needed:,} bytes, allowed are {self._memory_limit:,}")
         if reasons:
             self.fallback = "; ".join(reasons)
             if self._forced == "retain":
@@ -234,7 +237,7 @@ class CudaMeter:
             self.capture = "ingraph"
             self.graphs.count_inside()
         else:
-            self.graphs.seal(most)
+            self.graphs.seal(rows)
 
     # the step
 

@@ -45,10 +45,17 @@ def strides_of(decisions: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, int]:
 
 @dataclass
 class Retained:
-    """The decisions of one captured graph; the tensors are held for their memory."""
+    """The decisions of one captured graph. The tensors are held for their memory while the graph is captured, so that
+    nothing else in it gets that. Graphs of one model run one after the other, so the next one may have it.
+    """
 
     span: Span
     tensors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    #: Layers that were seen in it, and bytes of their decisions, once these are let go of.
+    layers: int = 0
+    nbytes: int = 0
+    #: Where they lie, int64 [layers, 2], on the host and on the device; of a graph that is counted after its replays.
+    addresses: Tensor | None = None
     table: Tensor | None = None
     strides: tuple[int, int] = (0, 0)
     #: What kernels inside the graph read, where a replay counts by itself. Held for as long as the graph may run.
@@ -66,6 +73,16 @@ class Retained:
     def most(self) -> int:
         """Tokens that a pass of the graph can have at most, of this rank."""
         return min(self.tensors[0][0].shape[0] - self.span.start, self.span.rows)
+
+    def let_go(self, layers: int) -> None:
+        """The graph is captured, all of it. ``layers``: of the model. Raises as :meth:`ordered`."""
+        try:
+            if self.mailbox is None and len(self.tensors) == layers:
+                self.addresses = torch.tensor([(a.data_ptr(), b.data_ptr()) for a, b in self.ordered()])
+        finally:
+            self.layers = len(self.tensors)
+            self.nbytes = sum(tensor.nbytes for pair in self.tensors.values() for tensor in pair)
+            self.tensors.clear()
 
     def ordered(self) -> list[tuple[Tensor, Tensor]]:
         """All layers' decisions, in order. Raises RuntimeError where they differ in form or share memory."""

@@ -277,10 +277,7 @@ class Hooks:
         if self.fuse.blown or not isinstance(self.meter, CudaMeter):
             return
         with self.fuse.guard("record", serving=False):
-            mode = config.cudagraph_mode
-            kinds = 2 if mode.separate_routine() else 1  # decode graphs beside mixed ones
-            sizes = config.cudagraph_capture_sizes or (0,)
-            self.meter.before_capture(kinds * sum(sizes), max(sizes))
+            self.meter.before_capture(max(config.cudagraph_capture_sizes or (0,)))
             self.fuse.status.capture = self.meter.capture
             self.fuse.status.reason = self.meter.fallback
             if self.meter.fallback:

@@ -33,9 +33,14 @@ def moe_layers(model: torch.nn.Module) -> list[tuple[int, Any]]:
 
 
 def parents_of(model: torch.nn.Module, layers: list[tuple[int, Any]]) -> list[Any]:
-    """For each MoE runner the module that holds it, and its gate where that lies outside of it."""
+    """For each MoE runner the model's module that holds it, and its gate where that lies outside of it."""
     owner = {id(child): parent for parent in model.modules() for child in parent.children()}
-    return [owner[id(runner)] for _, runner in layers]
+
+    def block(module: Any) -> Any:
+        parent = owner[id(module)]
+        return block(parent) if getattr(parent, "base_layer", None) is module else parent  # LoRA's lies between
+
+    return [block(runner) for _, runner in layers]
 
 
 def facts_of(runner: Any) -> RouterFacts:

@@ -137,6 +137,10 @@ RUNS = {
     "deepseek-v2": counts("--family", "deepseek", env=V2, more=True),
     "gpt-oss-v1": counts("--family", "gpt_oss", more=True),
     "speculation": requests("--speculate", more=True),
+    "adapters-v1": counts("--adapters", "2", more=True),
+    "adapters-v2": counts("--adapters", "2", env=V2, more=True),
+    "sleep-v1": counts("--sleep", "--rounds", "3", more=True),
+    "sleep-v2": counts("--sleep", "--rounds", "3", env=V2, more=True),
 }
 
 

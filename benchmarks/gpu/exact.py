@@ -1,9 +1,11 @@
 """Exactness on a real GPU: the monitor's rows against the in-graph shadow, over mixed traffic.
 
-exact.py [--family olmoe] [--rounds N] [--replay] [--prefill] [--off]
+exact.py [--family olmoe] [--rounds N] [--replay] [--prefill] [--off] [--adapters N] [--sleep]
 Environment: VLLM_USE_V2_MODEL_RUNNER, MOE_MONITOR_CAPTURE. Prints one JSON line. ``--replay``: also GPU time of graph
 replays with and without the monitor's kernel, in the same process, with no, some and all rows traced. ``--prefill``:
 GPU time of a pass of max_num_batched_tokens tokens (``--option max_num_batched_tokens=8192``), likewise.
+``--adapters``: requests take turns with so many LoRA adapters, on attention and experts, and none. ``--sleep``: after
+a round the engine sleeps at level 1 and wakes up, after the next at level 2, and gets other weights.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("MOE_MONITOR_DIR", "/tmp/moe-monitor-bench")
@@ -39,17 +42,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefill-rounds", type=int, default=14)
     parser.add_argument("--sizes", default="1,2,4,8,16,32,64,128,256")
     parser.add_argument("--long", action="store_true", help="long prompts only: many tokens in little time")
+    parser.add_argument("--adapters", type=int, default=0)
+    parser.add_argument("--sleep", action="store_true")
     parser.add_argument("--off", action="store_true", help="without the monitor: plain replay times")
     parser.add_argument("--limit-s", type=int, default=570, help="ends the process, whatever it does")
     llm_options.add_to(parser)
     return parser.parse_args()
 
 
-def routers_that_choose(model) -> None:
+def routers_that_choose(model, seed: int = 5) -> None:
     """Dummy weights give logits that are all ties; give norms unit weight and gates logits of about unit variance."""
     import torch
 
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "norm" in name and parameter.ndim == 1:
             parameter.data.fill_(1)
@@ -57,6 +62,43 @@ def routers_that_choose(model) -> None:
             parameter.data.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
         elif name.endswith("embed_tokens.weight"):
             parameter.data.normal_(0, 1)
+
+
+def lora_requests(args: argparse.Namespace) -> list[Any]:
+    """What the requests take turns with; None is no adapter."""
+    if not args.adapters:
+        return [None]
+    import adapters
+    from vllm.lora.request import LoRARequest
+
+    folder, config = Path("/tmp/bench-models") / f"{args.family}-adapters", models.FAMILIES[args.family]
+    numbers = range(1, args.adapters + 1)
+    return [None, *(LoRARequest(f"a{n}", n, str(adapters.write(folder / str(n), config, n))) for n in numbers)]
+
+
+def sleep(llm: Any, model: Any, level: int) -> None:
+    """And wake up, after a while: threads of the monitor's go on meanwhile. Level 2 forgets the weights."""
+    import torch
+    from vllm.model_executor.model_loader.weight_utils import initialize_dummy_weights
+
+    before = torch.cuda.mem_get_info()[0]
+    llm.sleep(level=level)
+    freed = torch.cuda.mem_get_info()[0] - before
+    time.sleep(3)
+    llm.wake_up()
+    if level == 2:
+        with torch.inference_mode():
+            initialize_dummy_weights(model, llm.model_config)
+            routers_that_choose(model, seed=6)
+    print(f"SLEEP level {level}: {freed >> 20} MiB were free meanwhile", flush=True)
+
+
+def graph_pool_mib() -> float:
+    """Device memory of the pools that CUDA graphs allocate from."""
+    import torch
+
+    segments = torch.cuda.memory_snapshot()
+    return round(sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0)) / 2**20, 1)
 
 
 def main() -> None:
@@ -82,6 +124,10 @@ def main() -> None:
     folder = models.write(Path("/tmp/bench-models") / args.family, args.family)
     options = {"max_num_batched_tokens": 2048, "max_model_len": 4096, "max_num_seqs": 256}
     options |= {"gpu_memory_utilization": 0.5, "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}
+    if args.adapters:
+        options |= {"enable_lora": True, "max_loras": args.adapters, "max_lora_rank": 8}
+    if args.sleep:
+        options["enable_sleep_mode"] = True
     options |= llm_options.parsed(args.option)
     llm = LLM(str(folder), load_format="dummy", **options)
     ready = time.time() - start
@@ -97,7 +143,10 @@ def main() -> None:
     config = models.FAMILIES[args.family]
     experts = next(config[k] for k in ("num_experts", "n_routed_experts", "num_local_experts") if k in config)
     routed = np.zeros((config["num_hidden_layers"], experts), dtype=np.int64)
-    for _ in range(args.rounds):
+    turns = lora_requests(args)
+    for turn in range(args.rounds):
+        if args.sleep and turn:
+            sleep(llm, runner.model, level=min(turn, 2))
         shared = [draw.randrange(vocabulary) for _ in range(200)]
         prompts = []
         for i in range(args.requests):
@@ -107,7 +156,8 @@ def main() -> None:
         parameters = [
             SamplingParams(max_tokens=draw.choice([1, 16, 90]), temperature=0, ignore_eos=True) for _ in prompts
         ]
-        for output in llm.generate(prompts, parameters, use_tqdm=False):
+        loras = [turns[i % len(turns)] for i in range(len(prompts))]
+        for output in llm.generate(prompts, parameters, use_tqdm=False, lora_request=loras):
             ids = output.outputs[0].routed_experts
             if ids is not None:  # vLLM's own capture, of all positions: those from the prefix cache were not computed
                 own = ids[output.num_cached_tokens or 0 :]
@@ -118,6 +168,8 @@ def main() -> None:
     torch.cuda.synchronize()
     if args.off:
         import timing
+
+        print("OFF " + json.dumps({"options": args.option, "graph_pool_mib": graph_pool_mib()}), flush=True)
 
         for line in timing.replays(runner, None, args.replay_rounds, sizes=sizes):
             print("REPLAY " + json.dumps(line), flush=True)
@@ -132,6 +184,7 @@ def main() -> None:
         "reason": capture.fuse.status.reason,
         "errors": capture.fuse.status.errors,
         "ready_s": round(ready, 1),
+        "graph_pool_mib": graph_pool_mib(),
         "passes": reading.passes,
         "host_us_per_pass": round(1e6 * capture.fuse.status.hook_seconds / max(1, reading.passes), 1),
     }

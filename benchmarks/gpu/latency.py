@@ -76,13 +76,14 @@ def say(kind: str, line: dict) -> None:
     print(kind, json.dumps(line), flush=True)
 
 
-def always(clock) -> None:
+def always(timing) -> None:
     """Time every pass from now on."""
-    clock._sampler.hit = clock._sampler.due = lambda number: True
+    timing.clock._sampler.hit = lambda number: True
+    timing.soonest = 0
 
 
 def never(clock) -> None:
-    clock._sampler.hit = clock._sampler.due = lambda number: False
+    clock._sampler.hit = lambda number: False
 
 
 def settle(timing) -> None:
@@ -158,7 +159,7 @@ def against_profiler(capture, runner, replay, key, tokens: int, repeat: int = 20
     clock, timing = capture.timing.clock, capture.timing
     layers = len(capture.meter.layers)
     steps = Steps(timing)
-    always(clock)
+    always(timing)
     for _ in range(3):
         replay_with_hooks(capture, key, replay, tokens)
         settle(timing)
@@ -232,7 +233,7 @@ def prefill_against_profiler(llm, capture, runner, vocabulary: int, tokens: int)
         prompts = [{"prompt_token_ids": [draw.randrange(vocabulary) for _ in range(length)]} for _ in range(count)]
         llm.generate(prompts, SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
 
-    always(timing.clock)
+    always(timing)
     run()
     settle(timing)
     steps.take()
@@ -364,7 +365,7 @@ def main() -> None:
     never(clock)
     plain = tokens()
     again = tokens()
-    clock._sampler.hit = clock._sampler.due = lambda number: number % 3 == 0
+    clock._sampler.hit = lambda number: number % 3 == 0
     tokens()  # its twins are ready afterwards
     time.sleep(1)
     launched[0] = 0
@@ -436,7 +437,7 @@ def main() -> None:
     for count in (0, 60_000):
         plant.count.fill_(count)
         steps = Steps(timing)
-        always(clock)
+        always(timing)
         for _ in range(12):
             replay_with_hooks(capture, key, replay, 32)
             settle(timing)
@@ -487,11 +488,11 @@ def cost(capture, key, replay, size: int, rounds: int = 3, repeat: int = 200) ->
         end.synchronize()
         return begin.elapsed_time(end) / n
 
-    always(clock)
+    always(timing)
     for _ in range(2):
         replay_with_hooks(capture, key, replay, size)
         settle(timing)
-    clock._sampler.hit, clock._sampler.due = once, lambda number: True
+    clock._sampler.hit = once
     with_all = lambda: replay_with_hooks(capture, key, replay, size)  # noqa: E731
     bare = plain_replay(key, replay)
     gpu_ms(bare, 20), gpu_ms(with_all, 20)

@@ -180,7 +180,7 @@ class Decode:
         tracer = self._capture.tracer
         if tracer is None:
             return
-        self._hooks.begin_step(self._output_with(finished_req_ids=set(self._ids)))
+        self._capture.begin_step(self._output_with(finished_req_ids=set(self._ids)))
         end = time.monotonic() + seconds
         while tracer.pending and time.monotonic() < end:
             time.sleep(0.02)
@@ -332,7 +332,17 @@ def prefill(llm, runner, capture, vocabulary: int, rounds: int = 14) -> Iterator
         capture.fuse.blown = False
         ratios = [a / b for a, b in zip(times[True], times[False], strict=False)]
         if not ratios:
-            yield {"tokens": tokens, "traced": bool(traced), "failed": "no pass had exactly so many tokens"}
+            why = (
+                "no pass had exactly so many tokens"
+                if not (times[True] or times[False])
+                else "V2 ends no pass while off"
+            )
+            yield {
+                "tokens": tokens,
+                "traced": bool(traced),
+                "failed": why,
+                "work_us": [round(1000 * w, 1) for w in work],
+            }
             continue
         yield {
             "tokens": tokens,

@@ -136,6 +136,8 @@ RUNS = {
     "mixtral-v2": counts("--family", "mixtral", env=V2, more=True),
     "deepseek-v2": counts("--family", "deepseek", env=V2, more=True),
     "gpt-oss-v1": counts("--family", "gpt_oss", more=True),
+    "deep-v1": counts("--family", "deep", "--option=cudagraph_capture_sizes=null", more=True),
+    "deep-v2": counts("--family", "deep", "--option=cudagraph_capture_sizes=null", env=V2, more=True),
     "speculation": requests("--speculate", more=True),
     "adapters-v1": counts("--adapters", "2", more=True),
     "adapters-v2": counts("--adapters", "2", env=V2, more=True),

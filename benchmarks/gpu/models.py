@@ -73,6 +73,20 @@ FAMILIES = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
+    # as many layers and experts as DeepSeek-V3 routes, narrow
+    "deep": _SMALL
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 58,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 128,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
     "deepseek": _SMALL
     | {
         # grouped sigmoid routing with a correction bias and shared experts, plain attention

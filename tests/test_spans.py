@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 from test_requests import Worker, tally
@@ -107,17 +109,38 @@ def test_what_the_receiver_refuses_is_counted(vllm, summary, act, caplog) -> Non
     emitter.close()
 
 
+@contextlib.contextmanager
+def machine() -> Iterator[list[float]]:
+    """The longest, in seconds, that a thread took to sleep for a hundredth of one: how long the machine stood still."""
+    longest, over = [0.0], threading.Event()
+
+    def sleep() -> None:
+        while not over.is_set():
+            start = time.perf_counter()
+            time.sleep(0.01)
+            longest[0] = max(longest[0], time.perf_counter() - start)
+
+    thread = threading.Thread(target=sleep)
+    thread.start()
+    try:
+        yield longest
+    finally:
+        over.set()
+        thread.join()
+
+
 def test_a_receiver_that_hangs_costs_spans_only(vllm, summary) -> None:
     """10,000 requests: a bounded queue, every span that does not fit counted, and nobody waits."""
     go_on = threading.Event()
     emitter = spans.Emitter(Exporter(lambda: (go_on.wait(20), SpanExportResult.SUCCESS)[1]), vllm)
     ((_, parent),) = vllm.request()
     slowest = 0.0
-    for _ in range(10_000):
-        start = time.perf_counter()
-        emitter.emit(parent, summary)
-        slowest = max(slowest, time.perf_counter() - start)
-    assert slowest < 0.5
+    with machine() as stood_still:
+        for _ in range(10_000):
+            start = time.perf_counter()
+            emitter.emit(parent, summary)
+            slowest = max(slowest, time.perf_counter() - start)
+    assert slowest < 0.5 + stood_still[0]
     assert 10_000 - 2 * spans.QUEUE <= emitter.dropped <= 10_000 - spans.QUEUE
     start = time.perf_counter()
     threading.Timer(0.2, go_on.set).start()

@@ -56,6 +56,7 @@ def routers_that_choose(model, seed: int = 5) -> None:
 
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
+        name = name.replace(".base_layer", "")  # what LoRA puts around a layer
         if "norm" in name and parameter.ndim == 1:
             parameter.data.fill_(1)
         elif name.endswith(("gate.weight", "router.weight")) and parameter.ndim == 2:  # CPUs pack it

@@ -144,7 +144,7 @@ def capture_of(ratio: float, descriptors: list[BatchDescriptor], way: str) -> Ca
     meter._form = (torch.bfloat16, EXPERTS, torch.int32, TOP_K)
     meter._ring = Ring(torch.device("cpu"), 64, (LAYERS, 2), torch.int64, NoSender())  # type: ignore[arg-type]
     for descriptor in descriptors:
-        graph = Retained(Span(), layers=LAYERS, table=torch.zeros((LAYERS, 2), dtype=torch.int64))
+        graph = Retained(Span(), seen=set(range(LAYERS)), table=torch.zeros((LAYERS, 2), dtype=torch.int64))
         graph.strides, graph.mailbox, graph.whole = (EXPERTS, TOP_K), meter.graphs.mailbox if sealed else None, sealed
         meter.graphs.found[CUDAGraphMode.FULL.name, descriptor] = graph
     capture.tracer = Tracer(tallies, ratio, capture.fuse.status, possible=lambda: meter.capture != "ingraph")

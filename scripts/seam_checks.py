@@ -38,6 +38,7 @@ KEPT = (
     f"{MOE}/oracle/unquantized.py",
     f"{MOE}/router/*.py",
     f"{MOE}/runner/*.py",
+    "vllm/lora/layers/fused_moe.py",
     "vllm/model_executor/models/utils.py",
     "vllm/entrypoints/cli/serve.py",
     "vllm/entrypoints/launchers/dp_supervisor.py",
@@ -466,7 +467,7 @@ def _graph_modes(sources: Sources) -> str:
     none = [n for n in cls.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "NONE"]
     if not none or ast.unparse(none[0].value) != "0":
         raise Changed("CUDAGraphMode.NONE is not 0", path, cls.lineno)
-    return f"{path}:{cls.lineno}"
+    return has(path, "CUDAGraphMode", "separate_routine")(sources)
 
 
 def _late_import(sources: Sources) -> str:
@@ -683,6 +684,9 @@ CHECKS = (
     ),
     Check("layers", "MoERunner is a module of the model", _module_base),
     Check(
+        "layers", "FusedMoEWithLoRA.base_layer", has("vllm/lora/layers/fused_moe.py", "FusedMoEWithLoRA", "base_layer")
+    ),
+    Check(
         "layers",
         "MoERunner attributes",
         has(
@@ -812,7 +816,7 @@ CHECKS = (
         has(CONTEXT, "ForwardContext", "ubatch_slices", "cudagraph_runtime_mode", "batch_descriptor", "dp_metadata"),
     ),
     Check("context", "DPMetadata fields", has(CONTEXT, "DPMetadata", "num_tokens_across_dp_cpu", "local_sizes")),
-    Check("context", "CUDAGraphMode.NONE is 0", _graph_modes),
+    Check("context", "CUDAGraphMode.NONE is 0, separate_routine", _graph_modes),
     Check(
         "frontend",
         "PrometheusStatLogger(vllm_config, engine_indexes)",

@@ -99,11 +99,13 @@ class Device:
                 logits[layer] += 1
 
     @torch.inference_mode()
-    def capture(self, key, rows, span=Span(), pieces=((0, 1, 2),)):  # noqa: B008 - frozen
-        """In graphs that hold those layers. What is launched while a graph is captured runs at its replays."""
+    def capture(self, key, rows, span=Span(), pieces=((0, 1, 2),), memory=None):  # noqa: B008 - frozen
+        """In graphs that hold those layers. What is launched while a graph is captured runs at its replays. ``memory``:
+        where its decisions will lie.
+        """
         self.meter.begin_dummy()
         self.capturing = True
-        self.memory[key] = self.decide(rows)
+        self.memory[key] = self.decide(rows) if memory is None else memory
         self.sealed[key] = []
         for layers in pieces:
             launched = []
@@ -143,6 +145,7 @@ class Device:
 
     @torch.inference_mode()
     def replay(self, key, tokens, start=0):
+        self.meter.graphs.after_capture()
         logits, ids = self.memory[key]
         fresh = self.decide(logits.shape[1])
         self.meter.begin_pass(tokens)
@@ -771,6 +774,23 @@ def test_a_split_pass_is_refused_by_its_first_router() -> None:
     assert device.meter.turn == -1 and not device.meter.pending, "nothing is held once it is off"
 
 
+def test_the_block_of_a_layer_is_found_behind_what_lora_puts_around_its_experts() -> None:
+    from moe_monitor.capture.vllm.layers import parents_of
+
+    class Module(torch.nn.Module):
+        def __init__(self, **children):
+            super().__init__()
+            for name, child in children.items():
+                setattr(self, name, child)
+
+    plain, wrapped, shared = Module(), Module(), Module()
+    blocks = Module(experts=plain, gate=Module()), Module(experts=Module(base_layer=wrapped), gate=Module())
+    other = Module(experts=Module(inner=shared))  # whatever it is, it is the model's own
+    model = Module(layers=torch.nn.ModuleList([*blocks, other]))
+    found = parents_of(model, [(0, plain), (1, wrapped), (2, shared)])
+    assert found == [*blocks, other.experts]
+
+
 def test_layers_that_route_other_ranks_prompts_are_not_monitored() -> None:
     pytest.importorskip("vllm")
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
@@ -1049,16 +1069,64 @@ def test_decisions_are_held_until_their_graph_is_captured_and_no_longer() -> Non
 
 
 @interpreted
+@pytest.mark.parametrize("sealing", [True, False])
+def test_graphs_whose_decisions_lie_in_the_same_memory_are_counted_right(sealing) -> None:
+    """The pieces of the second lie where the first has its decisions, and the third where both have."""
+    device = Device()
+    device.warm_up(16)
+    device.meter.before_capture(rows=16)
+    device.meter.graphs.sealing = sealing
+    device.capture("a", 16)
+    logits, ids = device.memory["a"]
+    device.capture("b", 8, pieces=((0,), (1, 2)), memory=(logits[:, 4:12], ids[:, 4:12]))
+    device.capture("c", 16, memory=(logits, ids))
+    for key, tokens in [("a", 13), ("b", 8), ("c", 2), ("b", 3), ("a", 16), ("a", 1), ("c", 16)]:
+        assert device.replay(key, tokens)
+    assert device.meter.passes == 7
+    device.check()
+
+
+def overlapping(device):
+    """Decisions of 8 tokens, of which each layer's logits have half of those of the layer before."""
+    _, ids = device.decide(8)
+    logits = torch.randn(16, EXPERTS)
+    return logits.unfold(0, 8, 4).transpose(1, 2), ids
+
+
+@interpreted
+def test_what_is_wrong_with_a_graph_is_said_when_it_is_replayed() -> None:
+    """Not before: vLLM captures graphs to see how much memory they take, too, before it is known how to count."""
+    device = ready()
+    device.meter.graphs.sealing = False
+    device.capture("a", 8, memory=overlapping(device))
+    device.capture("b", 8)
+    assert device.replay("b", 5)
+    device.check()
+    with pytest.raises(RuntimeError, match="share memory"):
+        device.replay("a", 5)
+
+
+@interpreted
 @pytest.mark.parametrize(("others", "capture"), [(0, "retain"), (8, "ingraph")])
 def test_retaining_takes_what_routers_see_in_the_largest_graph(others, capture) -> None:
-    """Also of other ranks' tokens."""
+    """Also of other ranks' tokens, as there were in the largest warm-up pass."""
     device = Device(memory_limit=8 * 240)  # 3 layers, 16 logits and 4 ids of 4 bytes each: 240 a token
-    device.meter.begin_dummy()
-    for layer, pair in enumerate(zip(*device.decide(8 + others), strict=True)):
-        device.meter.observe(layer, *pair, None, Span(start=others, rows=8))
+    for own, rows in ((8, 8 + others), (1, 64)):
+        device.meter.begin_dummy()
+        for layer, pair in enumerate(zip(*device.decide(rows), strict=True)):
+            device.meter.observe(layer, *pair, None, Span(rows=own))
     device.meter.before_capture(rows=8)
     assert device.meter.capture == capture
     assert ("3,840 bytes, allowed are 1,920" in device.meter.fallback) == bool(others)
+
+
+@interpreted
+def test_decode_graphs_beside_mixed_ones_take_memory_of_their_own() -> None:
+    for kinds, capture in ((1, "retain"), (2, "ingraph")):
+        device = Device(memory_limit=8 * 240)
+        device.warm_up(8)
+        device.meter.before_capture(rows=8, kinds=kinds)
+        assert device.meter.capture == capture
 
 
 @interpreted
@@ -1069,14 +1137,17 @@ def test_where_retaining_is_not_possible_the_kernel_goes_into_the_graph(why) -> 
     device.meter.before_capture(rows=16)
     assert device.meter.capture == "ingraph" and device.meter.fallback
     # the launch under capture reads the number of valid tokens on the device, where it is 0 now
+    device.capture("z", 8, memory=overlapping(device))  # as where compiled code reuses their memory
     device.capture("a", 8)
+    assert device.meter.graphs.retained_bytes == 0
     assert not device.meter.read_rows().any()
     device.meter.begin_pass(5)
     assert device.meter.graphs.control.head[0].item() == 5
     logits, ids = device.memory["a"]
     for layer in range(LAYERS):  # what the replayed graph does
+        place = LAYERS + layer
         device.meter._launcher.launch(
-            device.meter.graphs.control._table[layer : layer + 1],
+            device.meter.graphs.control._table[place : place + 1],
             8,
             row_of=device.meter.graphs._row_of[layer : layer + 1],
             n_valid_device=device.meter.graphs.control.head,

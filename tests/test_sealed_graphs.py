@@ -64,31 +64,46 @@ class Model:
         self.meter.begin_dummy()
         with torch.cuda.graph(graph, pool=self.pool):
             self.run(self.inputs[rows], rows)
-            self.told[rows] = sealed = self.meter.graphs.end_capture(rows)
-        assert sealed is not None
+            sealed = self.meter.graphs.end_capture(rows)
+        self.graphs[rows] = graph
+        assert (sealed is not None) == self.meter.graphs.sealing
+        if sealed is None:
+            return
+        self.told[rows] = sealed
         watched = watch(graph)
         watched.before = functools.partial(self.meter.before_replay, sealed)
         shorten(graph, functools.partial(quick.replaying, self.meter, sealed, self.fuse, watched))
-        self.graphs[rows] = graph
 
 
-@pytest.fixture(scope="module")
-def model():
+def captured(sealing):
     with torch.inference_mode():
         model = Model()
         model.meter.begin_dummy()
         model.run(torch.randn(32, HIDDEN, device="cuda"), None)
         model.meter.before_capture(rows=32)
-        model.meter.graphs.sealing = True
+        model.meter.graphs.sealing = sealing
         for rows in (32, 8):
             model.capture(rows)
         model.meter.graphs.after_capture()
-    assert model.meter.graphs.all_sealed
+    assert model.meter.graphs.all_sealed == sealing
     return model
 
 
+@pytest.fixture(scope="module")
+def model():
+    return captured(sealing=True)
+
+
+@pytest.fixture(scope="module")
+def unsealed():
+    """Its graphs are counted after their replays."""
+    return captured(sealing=False)
+
+
 @pytest.mark.gpu
-def test_replays_ahead_of_the_device_are_counted_as_they_were_posted(model) -> None:
+@pytest.mark.parametrize("which", ["model", "unsealed"])
+def test_replays_ahead_of_the_device_are_counted_as_they_were_posted(which, request) -> None:
+    model = request.getfixturevalue(which)
     layout, random = RowLayout(EXPERTS), np.random.default_rng(0)
     kept, owners = [], Owners(0, [])
     with torch.inference_mode():
@@ -131,13 +146,15 @@ def test_replays_ahead_of_the_device_are_counted_as_they_were_posted(model) -> N
 
 
 @pytest.mark.gpu
-def test_the_next_graph_gets_the_memory_of_decisions(model) -> None:
+@pytest.mark.parametrize("which", ["model", "unsealed"])
+def test_the_next_graph_gets_the_memory_of_decisions(which, request) -> None:
     """That it counts right nevertheless, the test before shows."""
+    model = request.getfixturevalue(which)
     large, small = (sorted(model.addresses[rows]) for rows in (32, 8))
     assert len(set(large)) == len(set(small)) == 2 * LAYERS
     shortest = 32 * TOP_K * 4
     assert any(0 <= here - there < shortest for here in small for there in large)
-    assert not any(told.tensors for told in model.told.values())
+    assert not any(graph.tensors for graph in model.meter.graphs.found.values())
 
 
 @pytest.mark.gpu

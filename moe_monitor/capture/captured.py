@@ -83,21 +83,23 @@ class Graphs:
     def note(self, layer: int, logits: Tensor, ids: Tensor, key: Hashable, span: Span) -> None:
         """One layer's decision, into the graph ``key``."""
         graph = self.found.get(key)
-        if graph is None or graph is not self._held or layer in graph.tensors:  # captured anew: the old graph is gone
-            self._let_go()
+        if graph is None or graph is not self._held or layer in graph.seen:  # captured anew: the old graph is gone
+            self.let_go()
             graph = self.found[key] = self._held = Retained(span)
             self.all_sealed = False
-        graph.tensors[layer] = (logits, ids)
+        graph.seen.add(layer)
         if self.control is not None:
             self._count_layer(self.control, layer, logits, ids, span)
-        elif layer == self._layers - 1 and self._can_seal(graph):
+            return
+        graph.tensors[layer] = (logits, ids)
+        if layer == self._layers - 1 and self._can_seal(graph):
             self._seal(graph)
 
-    def _let_go(self) -> None:
-        """Of decisions that no graph under capture must leave alone."""
+    def let_go(self) -> None:
+        """Of decisions that nothing under capture must leave alone any more. Cannot fail."""
         held, self._held = self._held, None
         if held is not None:
-            held.let_go(self._layers)
+            held.let_go()
 
     def _count_layer(self, control: Control, layer: int, logits: Tensor, ids: Tensor, span: Span) -> None:
         assert self._launcher is not None
@@ -152,12 +154,12 @@ class Graphs:
         if graph is not None and graph is not self.found.get(key):
             raise RuntimeError(f"routers were seen in another graph than {key!r}, which ends")
         if graph is not None:  # its kernel has read them
-            self._let_go()
+            self.let_go()
         return graph
 
     def after_capture(self) -> None:
         """All graphs are captured."""
-        self._let_go()
+        self.let_go()
         self.all_sealed = bool(self.found) and all(graph.sealed for graph in self.found.values())
 
     # replayed
@@ -165,18 +167,21 @@ class Graphs:
     def complete(self, key: Hashable) -> Retained | None:
         """The graph ``key``, if every layer was seen in it."""
         graph = self.found.get(key)
-        if graph is not None and graph is self._held:
-            self._let_go()
-        return None if graph is None or graph.layers != self._layers else graph
+        return None if graph is None or len(graph.seen) != self._layers else graph
 
     def table_of(self, graph: Retained) -> Tensor:
-        """Where the decisions of a graph that is not sealed lie: sent at its first replay."""
+        """Where the decisions of a graph that is not sealed lie: sent at its first replay. Raises RuntimeError where it
+        cannot be counted so.
+        """
         if graph.table is None:
-            assert graph.addresses is not None
+            if graph.addresses is None:
+                raise RuntimeError(graph.unfit or "the capture of a graph that is replayed has not ended")
             graph.table = graph.addresses.to(self._device)
         return graph.table
 
     @property
     def retained_bytes(self) -> int:
-        """Of the graphs' memory, what they cannot use twice because one of them writes routing decisions to it."""
+        """Of decisions that were held at a time, at most; so much more the pool of the graphs may take, for each stream
+        on which vLLM captures them.
+        """
         return max((graph.nbytes for graph in self.found.values()), default=0)

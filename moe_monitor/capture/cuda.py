@@ -47,9 +47,10 @@ def _form(logits: Tensor, ids: Tensor) -> tuple[torch.dtype, int, torch.dtype, i
 class CudaMeter:
     """Counter rows of one model on one CUDA device; the same interface as :class:`~moe_monitor.capture.meter.Meter`.
 
-    ``pending_limit``: bytes of decisions that a pass without a graph may hold. ``memory_limit``: bytes that retaining
-    may keep. ``forced``: "auto", "retain" or "ingraph". ``tallies``: where traced requests are tallied, unless capture
-    is ingraph: a kernel inside the graph would pay for tracing in every step, traced requests or none.
+    ``pending_limit``: bytes of decisions that a pass without a graph may hold. ``memory_limit``: bytes of the graphs'
+    memory that decisions may take. ``forced``: "auto", "retain" or "ingraph". ``tallies``: where traced requests are
+    tallied, unless capture is ingraph: a kernel inside the graph would pay for tracing in every step, traced requests
+    or none.
     """
 
     def __init__(
@@ -88,8 +89,8 @@ class CudaMeter:
         self._pending_bytes = 0
         #: Whether all layers' decisions have been seen to be as wide and of the same types, as the model has it.
         self._same_forms = False
-        #: In warm-up passes routers were given so many times the tokens of this rank, at most: those of others, too.
-        self._gathered = 1
+        #: Of this rank's tokens in the largest warm-up pass, and of all that its routers saw.
+        self._own = self._gathered = 1
         #: The layer whose decision comes next in a pass that is not timed and keeps them all until its end; -1 in any
         #: other. 0: which of these it is, the first decision tells.
         self.turn = -1
@@ -176,8 +177,9 @@ class CudaMeter:
             self.clean = False
             if self._launcher is None:
                 self._set_up(logits, ids)
-            rows = logits.shape[0]
-            self._gathered = max(self._gathered, -(-rows // max(1, min(span.rows, rows))))
+            own = min(span.rows, logits.shape[0])
+            if own >= self._own:
+                self._own, self._gathered = own, logits.shape[0]
             self._suspects.note(layer, logits, ids)
 
     def collect(self, layer: int, logits: Tensor, ids: Tensor, span: Span) -> None:
@@ -217,8 +219,10 @@ class CudaMeter:
 
     # before the capture of graphs
 
-    def before_capture(self, rows: int) -> None:
-        """Decide how to capture; the largest graph to come has ``rows`` tokens of this rank. Waits for the device."""
+    def before_capture(self, rows: int, kinds: int = 1) -> None:
+        """Decide how to capture; the largest graphs to come have ``rows`` tokens of this rank. ``kinds``: of graphs,
+        each captured on a stream of its own, perhaps, in which case they share no memory. Waits for the device.
+        """
         self.graphs.forget()
         self.clean = False
         if self._launcher is None or self.capture == "ingraph":
@@ -227,7 +231,7 @@ class CudaMeter:
         if self._suspects.found():
             reasons.append("compiled code reuses the memory of router logits")
         per_token = len(self.layers) * (self.layout.experts * self._logit_bytes + self.top_k * self._id_bytes)
-        needed = rows * self._gathered * per_token
+        needed = kinds * -(-rows * self._gathered // self._own) * per_token
         if needed > self._memory_limit:
             reasons.append(f"retaining would take {needed:,} bytes, allowed are {self._memory_limit:,}")
         if reasons:
@@ -353,6 +357,7 @@ class CudaMeter:
         """The monitor is off: no decision is kept any more, and none is still held. Cannot fail."""
         self.turn = -1
         self.pending.clear()
+        self.graphs.let_go()
 
     def _let_go(self) -> None:
         self.pending.clear()

@@ -46,17 +46,20 @@ def strides_of(decisions: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, int]:
 @dataclass
 class Retained:
     """The decisions of one captured graph. The tensors are held for their memory while the graph is captured, so that
-    nothing else in it gets that. Graphs of one model run one after the other, so the next one may have it.
+    nothing else in it gets that. Graphs captured later in the same pool may have it: none of these runs between the
+    moment in which a graph's decisions are written and that in which they are counted.
     """
 
     span: Span
     tensors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    #: Layers that were seen in it, and bytes of their decisions, once these are let go of.
-    layers: int = 0
+    #: Layers that were seen in it, and the bytes of their decisions that were held.
+    seen: set[int] = field(default_factory=set)
     nbytes: int = 0
     #: Where they lie, int64 [layers, 2], on the host and on the device; of a graph that is counted after its replays.
     addresses: Tensor | None = None
     table: Tensor | None = None
+    #: Why it cannot be counted so.
+    unfit: str = ""
     strides: tuple[int, int] = (0, 0)
     #: What kernels inside the graph read, where a replay counts by itself. Held for as long as the graph may run.
     mailbox: Mailbox | None = None
@@ -74,15 +77,15 @@ class Retained:
         """Tokens that a pass of the graph can have at most, of this rank."""
         return min(self.tensors[0][0].shape[0] - self.span.start, self.span.rows)
 
-    def let_go(self, layers: int) -> None:
-        """The graph is captured, all of it. ``layers``: of the model. Raises as :meth:`ordered`."""
-        try:
-            if self.mailbox is None and len(self.tensors) == layers:
+    def let_go(self) -> None:
+        """The graph is captured, all of it. Cannot fail: it may never be replayed."""
+        if self.mailbox is None and self.tensors:
+            try:
                 self.addresses = torch.tensor([(a.data_ptr(), b.data_ptr()) for a, b in self.ordered()])
-        finally:
-            self.layers = len(self.tensors)
-            self.nbytes = sum(tensor.nbytes for pair in self.tensors.values() for tensor in pair)
-            self.tensors.clear()
+            except Exception as error:
+                self.unfit = str(error)
+        self.nbytes = sum(tensor.nbytes for pair in self.tensors.values() for tensor in pair)
+        self.tensors.clear()
 
     def ordered(self) -> list[tuple[Tensor, Tensor]]:
         """All layers' decisions, in order. Raises RuntimeError where they differ in form or share memory."""

@@ -277,7 +277,8 @@ class Hooks:
         if self.fuse.blown or not isinstance(self.meter, CudaMeter):
             return
         with self.fuse.guard("record", serving=False):
-            self.meter.before_capture(max(config.cudagraph_capture_sizes or (0,)))
+            kinds = 2 if config.cudagraph_mode.separate_routine() else 1  # decode graphs beside mixed ones
+            self.meter.before_capture(max(config.cudagraph_capture_sizes or (0,)), kinds)
             self.fuse.status.capture = self.meter.capture
             self.fuse.status.reason = self.meter.fallback
             if self.meter.fallback:

@@ -49,6 +49,7 @@ def test_what_real_runs_told_is_right(check: ModuleType) -> None:
         ({"active": False, "reason": "record: ValueError"}, "switched off: record: ValueError"),
         ({"errors": {"record": 1}}, "errors"),
         ({"sealed": 17}, "17 of 18 graphs"),
+        ({"capture": "ingraph"}, "captured by ingraph, not by retain"),
         ({"graphs": 0, "sealed": 0}, "0 of 0 graphs"),
         ({"begun": 250}, "251 launches were posted, 250 have begun"),
         ({"posted": None, "begun": None}, "None launches were posted"),

@@ -15,8 +15,8 @@ _EXPERT = ("gate_proj", "up_proj", "down_proj")
 
 
 def write(folder: Path, config: dict[str, Any], number: int) -> Path:
-    """The folder of adapter ``number`` in the format of the peft library. Its weights are as large as to change what
-    later layers' routers are given; the same number gives the same ones.
+    """The folder of adapter ``number``, in the format of the peft library. Its weights keep the size of what they are
+    given; the same number gives the same ones.
     """
     from safetensors.torch import save_file
 

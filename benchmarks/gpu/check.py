@@ -5,7 +5,8 @@ check.py [--only NAME,...] [--more] [--gpu 0] [--limit-s 560] [--keep FOLDER]
 For after a change of what runs on GPUs, or of vLLM. Needs an NVIDIA GPU with about 80 GB, vLLM, pytest, and moe-monitor
 installed. Prints a line for each run, with what is wrong with it, and ends with 1 if anything is. Their whole output
 lies in FOLDER. Two and a half minutes on an H100 with 16 cores, most of it the engines' start; ``--more``: other
-families, ways to capture and speculation as well (two minutes for those alone; all at once was not tried).
+families, ways to capture, speculation, LoRA and sleep mode as well (four of them at once took up to five minutes, all
+at once was not tried).
 
 Oracles: ``exact.py`` has an in-graph shadow of every router's decisions, made of torch's own operations;
 ``requests_exact.py`` that, attributed to requests by the batch of vLLM's model runner, and vLLM's own
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import re
@@ -41,9 +43,11 @@ TOLERATED |= dict.fromkeys(("entropy_sum", "top1_sum", "mass_sum"), (1, 32))
 V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 
-def of_counts(told: Mapping[str, Any]) -> list[str]:
-    """What is wrong with what ``exact.py`` told."""
+def of_counts(told: Mapping[str, Any], capture: str = "retain") -> list[str]:
+    """What is wrong with what ``exact.py`` told. ``capture``: the way that it must have counted."""
     wrong = _state(told)
+    if told["capture"] != capture:
+        wrong.append(f"captured by {told['capture']}, not by {capture}")
     if told["capture"] == "retain" and not told["sealed"] == told["graphs"] > 0:
         wrong.append(f"{told['sealed']} of {told['graphs']} graphs count by themselves")
     posted, begun = told.get("posted"), told.get("begun")
@@ -109,10 +113,16 @@ def _end(returncode: int | None, lines: list[str]) -> str:
     return f"{'was ended' if returncode is None else f'ended with {returncode}'}, told nothing; at last: {last[:200]}"
 
 
-def counts(*arguments: str, env: Mapping[str, str] | None = None, more: bool = False) -> Run:
+def counts(*arguments: str, env: Mapping[str, str] | None = None, more: bool = False, capture: str = "retain") -> Run:
     room = ["kv_cache_memory_bytes=1200000000", "gpu_memory_utilization=0.2"]
     command = [str(HERE / "exact.py"), "--rounds", "1", *arguments]
-    return Run([*command, *(f"--option={o}" for o in room)], of_counts, "RESULT", dict(env or {}), more)
+    return Run(
+        [*command, *(f"--option={o}" for o in room)],
+        functools.partial(of_counts, capture=capture),
+        "RESULT",
+        dict(env or {}),
+        more,
+    )
 
 
 def requests(*arguments: str, env: Mapping[str, str] | None = None, more: bool = False) -> Run:
@@ -131,7 +141,7 @@ RUNS = {
         of_tests,
         "",
     ),
-    "ingraph": counts(env={"MOE_MONITOR_CAPTURE": "ingraph"}, more=True),
+    "ingraph": counts(env={"MOE_MONITOR_CAPTURE": "ingraph"}, more=True, capture="ingraph"),
     "beside-vllms-own": counts("--option=enable_return_routed_experts=true", more=True),
     "mixtral-v2": counts("--family", "mixtral", env=V2, more=True),
     "deepseek-v2": counts("--family", "deepseek", env=V2, more=True),

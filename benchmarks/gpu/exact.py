@@ -1,9 +1,9 @@
 """Exactness on a real GPU: the monitor's rows against the in-graph shadow, over mixed traffic.
 
 exact.py [--family olmoe] [--rounds N] [--replay] [--prefill] [--off] [--adapters N] [--sleep]
-Environment: VLLM_USE_V2_MODEL_RUNNER, MOE_MONITOR_CAPTURE. Prints one JSON line. ``--replay``: also GPU time of graph
-replays with and without the monitor's kernel, in the same process, with no, some and all rows traced. ``--prefill``:
-GPU time of a pass of max_num_batched_tokens tokens (``--option max_num_batched_tokens=8192``), likewise.
+Environment: VLLM_USE_V2_MODEL_RUNNER, MOE_MONITOR_CAPTURE. Prints a line RESULT of JSON. ``--replay``: also GPU time of
+graph replays with and without the monitor's kernel, in the same process, with no, some and all rows traced.
+``--prefill``: GPU time of a pass of max_num_batched_tokens tokens (``--option max_num_batched_tokens=8192``), likewise.
 ``--adapters``: requests take turns with so many LoRA adapters, on attention and experts, and none. ``--sleep``: after
 a round the engine sleeps at level 1 and wakes up, after the next at level 2, and gets other weights.
 """
@@ -55,8 +55,8 @@ def routers_that_choose(model, seed: int = 5) -> None:
     import torch
 
     torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        name = name.replace(".base_layer", "")  # what LoRA puts around a layer
+    for full_name, parameter in model.named_parameters():
+        name = full_name.replace(".base_layer", "")  # what LoRA puts around a layer
         if "norm" in name and parameter.ndim == 1:
             parameter.data.fill_(1)
         elif name.endswith(("gate.weight", "router.weight")) and parameter.ndim == 2:  # CPUs pack it
@@ -185,7 +185,7 @@ def main() -> None:
         "reason": capture.fuse.status.reason,
         "errors": capture.fuse.status.errors,
         "ready_s": round(ready, 1),
-        "graph_pool_mib": graph_pool_mib(),
+        "graph_pool_mib": None if args.sleep else graph_pool_mib(),  # weights are in such a pool, too
         "passes": reading.passes,
         "host_us_per_pass": round(1e6 * capture.fuse.status.hook_seconds / max(1, reading.passes), 1),
     }

@@ -76,14 +76,14 @@ def say(kind: str, line: dict) -> None:
     print(kind, json.dumps(line), flush=True)
 
 
+def time_passes(timing, hit) -> None:
+    """From now on, those for whose number ``hit`` says so."""
+    sampler = timing.clock._sampler
+    sampler.hit, sampler.next, timing.soonest = hit, 0, 0
+
+
 def always(timing) -> None:
-    """Time every pass from now on."""
-    timing.clock._sampler.hit = lambda number: True
-    timing.soonest = 0
-
-
-def never(clock) -> None:
-    clock._sampler.hit = lambda number: False
+    time_passes(timing, lambda number: True)
 
 
 def settle(timing) -> None:
@@ -362,10 +362,10 @@ def main() -> None:
     launched = [0]
     launch = clock._launch
     clock._launch = lambda *twin: bool(launched.__setitem__(0, launched[0] + 1)) or launch(*twin)
-    never(clock)
+    time_passes(timing, lambda number: False)
     plain = tokens()
     again = tokens()
-    clock._sampler.hit = lambda number: number % 3 == 0
+    time_passes(timing, lambda number: number % 3 == 0)
     tokens()  # its twins are ready afterwards
     time.sleep(1)
     launched[0] = 0
@@ -492,7 +492,7 @@ def cost(capture, key, replay, size: int, rounds: int = 3, repeat: int = 200) ->
     for _ in range(2):
         replay_with_hooks(capture, key, replay, size)
         settle(timing)
-    clock._sampler.hit = once
+    time_passes(timing, once)
     with_all = lambda: replay_with_hooks(capture, key, replay, size)  # noqa: E731
     bare = plain_replay(key, replay)
     gpu_ms(bare, 20), gpu_ms(with_all, 20)

@@ -1117,7 +1117,7 @@ def test_retaining_takes_what_routers_see_in_the_largest_graph(others, capture) 
             device.meter.observe(layer, *pair, None, Span(rows=own))
     device.meter.before_capture(rows=8)
     assert device.meter.capture == capture
-    assert ("3,840 bytes, allowed are 1,920" in device.meter.fallback) == bool(others)
+    assert ("3,840 bytes, and MOE_MONITOR_DEVICE_MEMORY_MIB leaves 1,920" in device.meter.fallback) == bool(others)
 
 
 @interpreted

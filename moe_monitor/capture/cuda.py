@@ -233,7 +233,8 @@ class CudaMeter:
         per_token = len(self.layers) * (self.layout.experts * self._logit_bytes + self.top_k * self._id_bytes)
         needed = kinds * -(-rows * self._gathered // self._own) * per_token
         if needed > self._memory_limit:
-            reasons.append(f"retaining would take {needed:,} bytes, allowed are {self._memory_limit:,}")
+            allowed = f"MOE_MONITOR_DEVICE_MEMORY_MIB leaves {self._memory_limit:,}"
+            reasons.append(f"retaining would take {needed:,} bytes, and {allowed}")
         if reasons:
             self.fallback = "; ".join(reasons)
             if self._forced == "retain":

@@ -467,7 +467,7 @@ def _graph_modes(sources: Sources) -> str:
     none = [n for n in cls.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "NONE"]
     if not none or ast.unparse(none[0].value) != "0":
         raise Changed("CUDAGraphMode.NONE is not 0", path, cls.lineno)
-    return has(path, "CUDAGraphMode", "separate_routine")(sources)
+    return f"{path}:{cls.lineno}"
 
 
 def _late_import(sources: Sources) -> str:
@@ -816,7 +816,7 @@ CHECKS = (
         has(CONTEXT, "ForwardContext", "ubatch_slices", "cudagraph_runtime_mode", "batch_descriptor", "dp_metadata"),
     ),
     Check("context", "DPMetadata fields", has(CONTEXT, "DPMetadata", "num_tokens_across_dp_cpu", "local_sizes")),
-    Check("context", "CUDAGraphMode.NONE is 0, separate_routine", _graph_modes),
+    Check("context", "CUDAGraphMode.NONE is 0", _graph_modes),
     Check(
         "frontend",
         "PrometheusStatLogger(vllm_config, engine_indexes)",

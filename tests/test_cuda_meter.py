@@ -1121,12 +1121,16 @@ def test_retaining_takes_what_routers_see_in_the_largest_graph(others, capture) 
 
 
 @interpreted
-def test_decode_graphs_beside_mixed_ones_take_memory_of_their_own() -> None:
-    for kinds, capture in ((1, "retain"), (2, "ingraph")):
-        device = Device(memory_limit=8 * 240)
+def test_graphs_that_are_captured_on_another_stream_take_memory_of_their_own() -> None:
+    from moe_monitor.capture.vllm.hooks import Hooks
+
+    for streams, capture in ((1, "retain"), (2, "ingraph")):
+        device, worker = Device(memory_limit=8 * 240), Hooks(Fuse(logging.getLogger("test")))
+        worker.meter, worker.capture_streams = device.meter, streams
         device.warm_up(8)
-        device.meter.before_capture(rows=8, kinds=kinds)
-        assert device.meter.capture == capture
+        worker.before_capture(SimpleNamespace(cudagraph_capture_sizes=[1, 8, 4]))
+        assert not worker.fuse.blown
+        assert worker.fuse.status.capture == device.meter.capture == capture
 
 
 @interpreted

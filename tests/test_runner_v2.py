@@ -83,7 +83,16 @@ def test_graphs_are_named_by_the_managers_of_the_target_model(monkeypatch: pytes
         def run_fullgraph(self, desc: Any) -> None:
             ran.append(desc)
 
-    runner_v2.patch_graphs(SimpleNamespace(CudaGraphManager=Base, ModelCudaGraphManager=Target))  # type: ignore[arg-type]
+    monkeypatch.setattr(runner_v2, "_streams", 1)
+    module: Any = SimpleNamespace(CudaGraphManager=Base, ModelCudaGraphManager=Target)
+    runner_v2.patch_graphs(module)
+    worker: Any = Capture(Fuse(logging.getLogger("test")))
+    runner_v2._patch_steps(RunnerV2(), worker)
+    assert worker.capture_streams == 2, "as in vLLM 0.28"
+    module.current_stream = None
+    runner_v2.patch_graphs(module)
+    runner_v2._patch_steps(RunnerV2(), worker)
+    assert worker.capture_streams == 1, "as in vLLM 0.29"
     noted: list[Any] = []
     capture = SimpleNamespace(note_graph=lambda key=None: noted.append(key), begin_dummy=lambda: noted.append("dummy"))
     capture.names_graphs = True

@@ -219,9 +219,9 @@ class CudaMeter:
 
     # before the capture of graphs
 
-    def before_capture(self, rows: int, kinds: int = 1) -> None:
-        """Decide how to capture; the largest graphs to come have ``rows`` tokens of this rank. ``kinds``: of graphs,
-        each captured on a stream of its own, perhaps, in which case they share no memory. Waits for the device.
+    def before_capture(self, rows: int, streams: int = 1) -> None:
+        """Decide how to capture; the largest graphs to come have ``rows`` tokens of this rank, and are captured on so
+        many ``streams``, whose graphs share no memory. Waits for the device.
         """
         self.graphs.forget()
         self.clean = False
@@ -231,7 +231,7 @@ class CudaMeter:
         if self._suspects.found():
             reasons.append("compiled code reuses the memory of router logits")
         per_token = len(self.layers) * (self.layout.experts * self._logit_bytes + self.top_k * self._id_bytes)
-        needed = kinds * -(-rows * self._gathered // self._own) * per_token
+        needed = streams * -(-rows * self._gathered // self._own) * per_token
         if needed > self._memory_limit:
             allowed = f"MOE_MONITOR_DEVICE_MEMORY_MIB leaves {self._memory_limit:,}"
             reasons.append(f"retaining would take {needed:,} bytes, and {allowed}")

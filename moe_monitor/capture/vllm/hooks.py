@@ -74,6 +74,8 @@ class Hooks:
         self.capturing: Hashable | None = None
         #: Key of the graph that was replayed in this pass, likewise.
         self.replayed: Hashable | None = None
+        #: On so many streams vLLM captures graphs: those of different ones share no memory.
+        self.capture_streams = 1
         #: Whether :meth:`note_graph` must be told of the graphs of the pass in progress.
         self.names_graphs = True
 
@@ -277,8 +279,7 @@ class Hooks:
         if self.fuse.blown or not isinstance(self.meter, CudaMeter):
             return
         with self.fuse.guard("record", serving=False):
-            kinds = 2 if config.cudagraph_mode.separate_routine() else 1  # decode graphs beside mixed ones
-            self.meter.before_capture(max(config.cudagraph_capture_sizes or (0,)), kinds)
+            self.meter.before_capture(max(config.cudagraph_capture_sizes or (0,)), self.capture_streams)
             self.fuse.status.capture = self.meter.capture
             self.fuse.status.reason = self.meter.fallback
             if self.meter.fallback:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 #: The monitored model of this process; the graph manager does not know its runner.
 _active: Capture | None = None
 
+#: On so many streams the graph manager captures.
+_streams = 1
+
 
 def patch_runner(module: ModuleType) -> None:
     """Hook for ``vllm.v1.worker.gpu.model_runner``."""
@@ -28,7 +31,7 @@ def patch_runner(module: ModuleType) -> None:
 
 def _patch_steps(runner: Any, capture: Capture) -> None:
     global _active
-    _active = capture
+    _active, capture.capture_streams = capture, _streams
     execute_model, prepare_inputs = runner.execute_model, getattr(runner, "prepare_inputs", None)
     if prepare_inputs is None:
         capture.tracer = None  # counting does without it, tracing requests does not
@@ -125,6 +128,9 @@ def patch_warmup(module: ModuleType) -> None:
 
 def patch_graphs(module: ModuleType) -> None:
     """Hook for ``vllm.v1.worker.gpu.cudagraph_utils``: name full graphs by the manager's descriptor."""
+    global _streams
+    # before vLLM 0.29 full graphs are captured on torch's own stream for that, those in pieces on the current one
+    _streams = 1 if hasattr(module, "current_stream") else 2
     base, manager = module.CudaGraphManager, module.ModelCudaGraphManager
     capture_all, replay, run_piecewise = base.capture, manager.run_fullgraph, base.run_pw_graph
     if hasattr(replay, SENTINEL):

@@ -38,7 +38,7 @@ class Model:
         self.tallies = DeviceTallies(SLOTS, LAYERS, EXPERTS)
         self.meter = CudaMeter(range(LAYERS), EXPERTS, TOP_K, "softmax", memory_limit=64 << 20, tallies=self.tallies)
         self.gates = torch.randn(LAYERS, HIDDEN, EXPERTS, device="cuda") / HIDDEN**0.5
-        self.graphs, self.inputs, self.told, self.addresses = {}, {}, {}, {}
+        self.graphs, self.inputs, self.addresses = {}, {}, {}
         self.pool = torch.cuda.graph_pool_handle()
         #: What was decided last, kept out of the graphs' memory: by layer logits, ids.
         self.decided = [
@@ -69,7 +69,6 @@ class Model:
         assert (sealed is not None) == self.meter.graphs.sealing
         if sealed is None:
             return
-        self.told[rows] = sealed
         watched = watch(graph)
         watched.before = functools.partial(self.meter.before_replay, sealed)
         shorten(graph, functools.partial(quick.replaying, self.meter, sealed, self.fuse, watched))

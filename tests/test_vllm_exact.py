@@ -166,7 +166,8 @@ def test_every_token_is_counted_once(traffic: Traffic) -> None:
                 time.sleep(0.05)
             for r in running:
                 r.result()
-    traffic.send(traffic.prompt(25), n=3, temperature=1.0, seed=1, max_tokens=30)
+    # (all three fit into a step: vLLM 0.32's CPU build dies of a seed where a prompt is split)
+    traffic.send(traffic.prompt(BATCH // 3), n=3, temperature=1.0, seed=1, max_tokens=30)
     for after in (1, 9):
         traffic.abort(traffic.prompt(50), after)
 
